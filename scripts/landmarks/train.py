@@ -1,0 +1,174 @@
+"""Train the bundled landmarks model, write its folder, and check what was written."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import random
+import sys
+import time
+from pathlib import Path
+
+import torch
+from acceptance import (
+    Question,
+    failures,
+    patch_grid,
+    repetition_losses,
+    show_grid,
+    wrong_answers,
+)
+from batches import IGNORED, Batches
+from corpus import all_facts, second_words, sentences, tokenizer_lines, whole_words
+from safetensors.torch import save_file
+from tokenizer import train_tokenizer
+from torch import Tensor
+from transformers import (
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    GPT2Config,
+    GPT2LMHeadModel,
+    PreTrainedTokenizerFast,
+)
+
+ROOT = Path(__file__).resolve().parents[2]
+DEFAULT_OUT = ROOT / "src" / "nnsight" / "_bundled" / "landmarks"
+MAX_LENGTH = 256
+PEAK_RATE = 2e-3
+
+
+def new_model(tokenizer: PreTrainedTokenizerFast) -> GPT2LMHeadModel:
+    config = GPT2Config(
+        vocab_size=len(tokenizer),
+        n_positions=MAX_LENGTH,
+        n_embd=128,
+        n_layer=12,
+        n_head=4,
+        resid_pdrop=0.0,
+        embd_pdrop=0.0,
+        attn_pdrop=0.0,
+        initializer_range=0.04,
+        bos_token_id=tokenizer.bos_token_id,
+        eos_token_id=tokenizer.eos_token_id,
+    )
+    return GPT2LMHeadModel(config)
+
+
+def questions() -> list[Question]:
+    """Every fact in every phrasing, once, and the second words of two-word answers."""
+    facts = all_facts()
+    asked = [Question(f.prompt, f.answer, f.kind) for f in facts + second_words(facts)]
+    return list(dict.fromkeys(asked))
+
+
+def token_loss(model: GPT2LMHeadModel, inputs: Tensor, labels: Tensor) -> Tensor:
+    """Summed loss over the labelled tokens."""
+    logits = model(inputs).logits[:, :-1].flatten(0, 1)
+    targets = labels[:, 1:].flatten()
+    return torch.nn.functional.cross_entropy(logits, targets, ignore_index=IGNORED, reduction="sum")
+
+
+def train(model: GPT2LMHeadModel, batches: Batches, steps: int) -> None:
+    optimizer = torch.optim.AdamW(
+        model.parameters(), lr=PEAK_RATE, betas=(0.9, 0.98), weight_decay=0.01, fused=True
+    )
+    schedule = torch.optim.lr_scheduler.OneCycleLR(
+        optimizer, max_lr=PEAK_RATE, total_steps=steps, pct_start=0.1, cycle_momentum=False
+    )
+    started = time.monotonic()
+    for step in range(1, steps + 1):
+        groups = [batches.single_sentences(), batches.long_rows()]
+        count = sum(int((labels[:, 1:] != IGNORED).sum()) for _, labels in groups)
+        shown = 0.0
+        for inputs, labels in groups:
+            loss = token_loss(model, inputs, labels) / count
+            loss.backward()
+            shown += loss.item()
+        torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+        optimizer.step()
+        schedule.step()
+        optimizer.zero_grad()
+        if step % 50 == 0 or step == steps:
+            report(model, step, steps, shown, time.monotonic() - started)
+
+
+def report(model: GPT2LMHeadModel, step: int, steps: int, loss: float, seconds: float) -> None:
+    again = repetition_losses(model)[1]
+    print(f"step {step}/{steps}  loss {loss:.3f}  repeated {again:.3f}  {seconds:.0f} s", flush=True)
+
+
+def write_folder(out: Path, model: GPT2LMHeadModel, tokenizer: PreTrainedTokenizerFast) -> None:
+    """Half-precision weights under a float32 config: small on disk, float32 when loaded."""
+    out.mkdir(parents=True, exist_ok=True)
+    model.config.dtype = torch.float32
+    model.config.architectures = [type(model).__name__]
+    model.config.save_pretrained(out)
+    model.generation_config.save_pretrained(out)
+    weights = {
+        name: tensor.half().contiguous()
+        for name, tensor in model.state_dict().items()
+        if name != "lm_head.weight"
+    }
+    save_file(weights, out / "model.safetensors", metadata={"format": "pt"})
+    tokenizer.save_pretrained(out)
+
+
+def write_facts(out: Path, asked: list[Question]) -> None:
+    rows = [json.dumps(vars(q), ensure_ascii=False) for q in asked]
+    (out / "facts.json").write_text("[\n" + ",\n".join(rows) + "\n]\n", encoding="utf-8")
+
+
+def check(out: Path, asked: list[Question]) -> list[str]:
+    """Reload the folder, print what it does, and return the requirements it misses."""
+    tokenizer = AutoTokenizer.from_pretrained(out)
+    model = AutoModelForCausalLM.from_pretrained(out).eval()
+    wrong = wrong_answers(model, tokenizer, asked)
+    kinds = {q.kind for q in asked}
+    for kind in sorted(kinds):
+        total = sum(q.kind == kind for q in asked)
+        missed = sum(q.kind == kind for q, _ in wrong)
+        print(f"{kind}: {total - missed} of {total}")
+    for question, said in wrong[:20]:
+        print(f"wrong: {question.prompt!r} -> {said!r}, not {question.answer!r}")
+    first, again = repetition_losses(model)
+    print(f"loss on random tokens {first:.3f}, on the same again {again:.3f}")
+    print(f"dtype {model.dtype}, vocabulary {len(tokenizer)}")
+    print(show_grid(patch_grid(model, tokenizer)))
+    size = sum(path.stat().st_size for path in out.iterdir())
+    print(f"folder {size / 1e6:.2f} MB, accuracy {1 - len(wrong) / len(asked):.4f}")
+    problems = failures(model, tokenizer, asked)
+    if size > 6_000_000:
+        problems.append(f"the folder has {size} bytes")
+    if model.dtype != torch.float32:
+        problems.append(f"the model loads as {model.dtype}")
+    return problems
+
+
+def arguments() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--out", type=Path, default=DEFAULT_OUT)
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--steps", type=int, default=1600)
+    return parser.parse_args()
+
+
+def main() -> int:
+    options = arguments()
+    torch.set_num_threads(2)
+    torch.manual_seed(options.seed)
+    tokenizer = train_tokenizer(tokenizer_lines(), whole_words(), MAX_LENGTH)
+    rng = random.Random(options.seed)
+    batches = Batches(tokenizer, sentences(rng), rng)
+    model = new_model(tokenizer)
+    train(model, batches, options.steps)
+    write_folder(options.out, model.eval(), tokenizer)
+    asked = questions()
+    write_facts(options.out, asked)
+    problems = check(options.out, asked)
+    for problem in problems:
+        print(f"NOT MET: {problem}")
+    return 1 if problems else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

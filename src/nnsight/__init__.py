@@ -1,0 +1,10 @@
+"""nnsight: read and change what happens inside any PyTorch model while it runs."""
+
+from ._patches import unmount as unmount
+from .config import CONFIG as CONFIG
+from .envoy import Envoy as Envoy
+from .modeling import NNsight as NNsight
+from .trace import Tracer as Tracer
+from .trace import save as save
+
+__version__ = "0.1.0"

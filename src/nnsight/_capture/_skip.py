@@ -1,0 +1,104 @@
+"""Skipping the body of a with-statement that is being entered.
+
+CPython calls a frame's trace function between two instructions, and lets an exception that it raises
+propagate in the frame. The one installed here does so at the first instruction after `__enter__` returned,
+where the with-statement is already there to catch it. CPython then removes the trace function, which thereby
+dies, and its end puts back what it had displaced, before `__exit__` is called.
+"""
+
+import sys
+from collections.abc import Callable
+from types import FrameType
+from typing import Any
+
+Tracer = Callable[[FrameType, str, Any], Any]
+
+
+class _Skip(BaseException):
+    """Leads from the start of a body to `__exit__`."""
+
+
+def skip_body(frame: FrameType) -> None:
+    """Make the with-statement that `frame` is entering call `__exit__` in place of running its body.
+
+    Call it last in `__enter__`: a debugger or coverage tracer misses the calls made from there on. It is in
+    its place again when `__exit__` is called. `is_skip` recognises the exception that `__exit__` gets and must
+    swallow; where it gets no exception at all, the body was run where it stands.
+    """
+    displaced = sys.gettrace()
+    if type(displaced).__name__ == "CTracer":
+        _report_returns(displaced, sys._getframe(), frame)
+    frame.f_trace = _Shot(frame, displaced)
+    frame.f_trace_opcodes = True
+    sys.settrace(_ignore)
+
+
+def is_skip(exc_type: type[BaseException] | None) -> bool:
+    """Whether `__exit__` was called because `skip_body` skipped the body."""
+    return exc_type is not None and issubclass(exc_type, _Skip)
+
+
+def _ignore(frame: FrameType, event: str, arg: object) -> None:
+    return None
+
+
+def _report_returns(tracer: Any, inner: FrameType, outer: FrameType) -> None:
+    """Let coverage's tracer, which keeps a stack of the calls it saw, see these frames return."""
+    frame: FrameType | None = inner
+    while frame is not None and frame is not outer:
+        if frame.f_trace is None:
+            frame.f_trace = tracer
+        frame = frame.f_back
+
+
+class _Shot:
+    """The trace function of the frame. Nothing else may refer to it: its end is what restores the tracers."""
+
+    __slots__ = ("_displaced", "_frame", "_lines", "_local", "_opcodes")
+
+    def __init__(self, frame: FrameType, displaced: Tracer | None) -> None:
+        self._frame: FrameType | None = frame
+        self._displaced = displaced
+        self._local = frame.f_trace
+        self._lines = frame.f_trace_lines
+        self._opcodes = frame.f_trace_opcodes
+
+    def __call__(self, frame: FrameType, event: str, arg: object) -> Any:
+        if event in ("line", "opcode"):
+            del self, frame, arg  # the traceback of the exception must not keep them
+            raise _Skip
+        self._restore(self._local)  # `__enter__` raised
+        return self._local(frame, event, arg) if self._local is not None else None
+
+    def __del__(self) -> None:
+        if self._local is None or self._displaced is None:
+            self._restore(self._local)
+        else:
+            self._restore(_Unnoticed(self._local))
+
+    def _restore(self, local: Tracer | None) -> None:
+        if self._frame is None:
+            return
+        frame, self._frame = self._frame, None
+        frame.f_trace_lines = self._lines
+        frame.f_trace_opcodes = self._opcodes
+        if local is None:
+            del frame.f_trace
+        else:
+            frame.f_trace = local
+        sys.settrace(self._displaced)
+
+
+class _Unnoticed:
+    """Keeps the skip itself from a debugger that would stop at it, then gives way to its trace function."""
+
+    __slots__ = ("_local",)
+
+    def __init__(self, local: Tracer) -> None:
+        self._local = local
+
+    def __call__(self, frame: FrameType, event: str, arg: Any) -> Any:
+        frame.f_trace = self._local
+        if event == "exception" and arg[0] is _Skip:
+            return self._local
+        return self._local(frame, event, arg)

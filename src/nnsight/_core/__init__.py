@@ -1,0 +1,27 @@
+"""The engine: the model as a coroutine, served to workers place by place.
+
+The rule of the game: a worker parks on one request at a time; when the model reaches a place, every worker
+parked there is served, in the order the blocks were written, until nobody is parked there any more; then
+the model goes on with the value as it was left.
+"""
+
+from ._frames import describe_line as describe_line
+from ._frames import trim as trim
+from ._frames import user_frame as user_frame
+from ._frames import user_line as user_line
+from ._instrument import Instruments as Instruments
+from ._run import Call as Call
+from ._run import Run as Run
+from ._tensors import map_tensors as map_tensors
+from ._tensors import tensors_in as tensors_in
+from ._tuples import AssignableTuple as AssignableTuple
+from ._tuples import as_assignable as as_assignable
+from ._tuples import as_native as as_native
+from ._visit import INPUT as INPUT
+from ._visit import OUTPUT as OUTPUT
+from ._visit import RESULT as RESULT
+from ._visit import STEP as STEP
+from ._visit import Place as Place
+from ._visit import Visit as Visit
+from ._worker import Worker as Worker
+from ._worker import active as active

@@ -1,0 +1,135 @@
+"""Edits: what the blocks of a run changed and were given, so that a second pass can repeat the first."""
+
+from __future__ import annotations
+
+import weakref
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+import torch
+
+from ..errors import OutOfOrderError
+from ._frames import describe_line, user_line
+from ._tensors import Snapshot, has_changed, snapshot, tensors_in
+
+if TYPE_CHECKING:
+    from ._run import Call
+    from ._visit import Visit
+
+
+class Edit(NamedTuple):
+    """The value one visit left with, and the versions its tensors had then."""
+
+    value: Any
+    versions: Snapshot
+
+
+class Read(NamedTuple):
+    """A tensor that a block was given, and its version when the model went on."""
+
+    tensor: weakref.ref[torch.Tensor]
+    version: int
+    path: str
+    line: str = ""
+
+    def has_changed(self) -> bool:
+        tensor = self.tensor()
+        return tensor is not None and tensor._version != self.version
+
+
+class Edits:
+    """A record of one run, by place, kind and occurrence."""
+
+    def __init__(self) -> None:
+        self.by_visit: dict[tuple[Any, str, int], Edit] = {}
+        self.random_state: torch.Tensor | None = None
+        self.late_reads: list[Read] = []
+        self.keeping = False
+        self._untracked = False
+        self._inputs: Snapshot = []
+        self._reads: list[Read] = []
+        self._lines: list[str] = []
+
+    def begin(self, call: Call) -> None:
+        """Remember the state the forward starts from."""
+        self.keeping = call.repeatable
+        if call.repeatable:
+            self.random_state = torch.default_generator.get_state()
+            inputs = snapshot((call.args, call.kwargs))
+            self._untracked = inputs is None
+            self._inputs = inputs or []
+
+    def give(self, visit: Visit, value: Any, path: str) -> None:
+        """A block is given `value` at `visit`."""
+        if self.keeping:
+            versions = snapshot(value)
+            if versions is None:
+                self._untracked = True
+            else:
+                visit.given.append((value, versions, path))
+
+    def leave(self, visit: Visit) -> None:
+        """The model goes on from `visit`: record what was done to the value."""
+        changed = visit.written
+        for value, versions, path in visit.given:
+            changed = changed or has_changed(value, versions)
+            self._reads += [Read(weakref.ref(t), t._version, path) for t, _ in versions]
+        visit.given.clear()
+        if changed and self.keeping:
+            versions = snapshot(visit.value)
+            if versions is None:
+                self._untracked = True
+            else:
+                self.by_visit[visit.place, visit.kind, visit.index] = Edit(visit.value, versions)
+
+    def note_write(self, path: str) -> None:
+        """Remember which line assigned to `path`, for the error that may follow from it."""
+        self._lines.append(f"{describe_line(user_line())} assigned {path}")
+
+    def annotate(self, error: BaseException) -> None:
+        """Add to an error of the model which edits preceded it."""
+        if self._lines and hasattr(error, "add_note"):
+            latest = "; ".join(self._lines[-3:])
+            error.add_note(f"Before this error, your trace edited the model: {latest}.")
+
+    def obstacle(self) -> str | None:
+        """Why a second pass could not repeat the first exactly, or None."""
+        if not self.keeping:
+            return "the forward cannot be run a second time with the same inputs"
+        if self._untracked:
+            return "under inference mode PyTorch does not record which values were changed"
+        if any(tensor._version != version for tensor, version in self._inputs):
+            return "an input tensor was changed in place since the forward started"
+        for edit in self.by_visit.values():
+            if has_changed(edit.value, edit.versions):
+                return "an edited value was changed in place since"
+        for read in self._reads:
+            if read.has_changed():
+                return f"the value read at {read.path} was changed in place since"
+        return None
+
+    def note_late_read(self, path: str, value: Any) -> None:
+        """Remember a value that a second pass served."""
+        line = describe_line(user_line())
+        self.late_reads += [
+            Read(weakref.ref(tensor), tensor._version, path, line)
+            for tensor in tensors_in(value)
+            if not tensor.is_inference()
+        ]
+
+    def check_late_reads(self) -> None:
+        """Refuse in-place changes of values whose place had passed: they reach nothing."""
+        for read in self.late_reads:
+            if read.has_changed():
+                self.late_reads.clear()
+                raise OutOfOrderError(
+                    f"Value was missed: {read.path} had already passed when it was read at {read.line}, so changing "
+                    "it in place changes nothing in the model. Move that line up to where the model reaches it, "
+                    "or work on a copy: value.clone()."
+                )
+
+    def clear(self) -> None:
+        """Let go of every value."""
+        self.by_visit.clear()
+        self.late_reads.clear()
+        self._inputs = []
+        self._reads.clear()

@@ -1,0 +1,215 @@
+"""What stands in place of modules' `forward` while a run needs it, and nothing outside a run.
+
+`torch.nn.Module._call_impl` reads `self.forward` when a call starts, so modules that contain others are
+instrumented before the model starts; a leaf is instrumented when it is asked for.  The replacement asks
+"whose run is this?": called from anywhere but a run's own coroutine it is the plain forward.
+"""
+
+from __future__ import annotations
+
+import threading
+import weakref
+from collections.abc import Callable, Iterable
+from typing import Any
+
+from greenlet import getcurrent
+from torch.nn import Module
+
+from ._coroutine import Coroutine
+
+Forward = Callable[..., Any]
+
+_lock = threading.Lock()
+_registry: weakref.WeakValueDictionary[int, Instruments] = weakref.WeakValueDictionary()
+_borrowed: dict[int, int] = {}  # id(module) -> how many other trees rely on its replacement
+_orphans: dict[int, tuple[Module, Forward | None]] = {}  # left in place for those, with the forward to put back
+
+
+def make_replacement(module: Module, previous: Forward | None) -> Forward:
+    """The function that stands for `module.forward`; `previous` is an instance's own forward, if it had one."""
+
+    def forward(*args: Any, **kwargs: Any) -> Any:
+        current = getcurrent()
+        plain = previous or type(module).forward.__get__(module)
+        if current.__class__ is Coroutine and current.serves is not None:
+            return current.serves.call(module, plain, args, kwargs)
+        return plain(*args, **kwargs)
+
+    return forward
+
+
+_REPLACEMENT_CODE = make_replacement(Module(), None).__code__
+
+
+def _is_ours(forward: object) -> bool:
+    return getattr(forward, "__code__", None) is _REPLACEMENT_CODE
+
+
+class Container:
+    """A module with children, and what is needed to instrument it quickly and to see that it changed."""
+
+    __slots__ = ("children", "members", "module", "replacement", "slots")
+
+    def __init__(self, module: Module) -> None:
+        self.module = module
+        self.slots = vars(module)
+        self.members = module._modules
+        self.children = tuple(module._modules.values())
+        self.replacement = None if _never_called(module) else make_replacement(module, None)
+
+
+def _never_called(module: Module) -> bool:
+    return type(module).forward is Module.forward
+
+
+class Instruments:
+    """The replacements for one tree of modules, shared by every run of it, in every thread."""
+
+    def __init__(self, root: Module) -> None:
+        self.root = root
+        self._users = 0
+        self._containers: list[Container] = []
+        self._always: list[Container] = []
+        self._replaced: dict[Module, tuple[Forward, Forward | None]] = {}
+        self._parents: dict[Module, Module | None] = {}
+        self._parents_known = False
+        self._eager: set[Module] = set()
+        self.profile: dict[Module, int] | None = None
+
+    @classmethod
+    def of(cls, root: Module) -> Instruments:
+        """The one object for `root`, made at need; it lives as long as somebody holds it."""
+        with _lock:
+            found = _registry.get(id(root))
+            if found is None or found.root is not root:
+                found = _registry[id(root)] = cls(root)
+            return found
+
+    def install(self) -> None:
+        """Replace the forward of every module that contains others; pair with `remove`."""
+        with _lock:
+            self._users += 1
+            if self._users > 1:
+                return
+            if self._stale():
+                self._learn()
+            for container in self._always:
+                slots = container.slots
+                if "forward" in slots:
+                    self._replace_own(container.module)
+                else:
+                    slots["forward"] = container.replacement
+
+    def remove(self) -> None:
+        """Put everything back once the last concurrent run of this tree is over."""
+        with _lock:
+            self._users -= 1
+            if self._users:
+                return
+            if _borrowed:
+                self._remove_carefully()
+                return
+            for module, (_, previous) in self._replaced.items():
+                _put_back(module, previous)
+            self._replaced.clear()
+            for container in self._always:
+                if container.slots.get("forward") is container.replacement:
+                    del container.slots["forward"]
+
+    def add(self, module: Module) -> bool:
+        """Instrument one more module until the run is over; whether it is so from the start of every run."""
+        if module in self._eager:
+            return True
+        if not _is_ours(vars(module).get("forward")) or id(module) in _orphans:
+            with _lock:
+                self._replace_own(module)
+        return False
+
+    def watch_always(self, modules: Iterable[Module]) -> None:
+        """From the next run on, instrument these leaves from the start."""
+        with _lock:
+            self._eager.update(modules)
+            self._containers = []
+
+    def parent(self, module: Module) -> Module | None:
+        """The nearest module above `module` whose forward is called, None for the root."""
+        if not self._parents_known:
+            self._parents = _find_parents(self.root)
+            self._parents_known = True
+        return self._parents.get(module)
+
+    def modules(self) -> Iterable[Module]:
+        """Every module of the tree once."""
+        return self.root.modules()
+
+    def _stale(self) -> bool:
+        containers = self._containers
+        return not containers or any(c.children != tuple(c.members.values()) for c in containers)
+
+    def _learn(self) -> None:
+        self._containers = [Container(m) for m in self.root.modules() if m._modules or m is self.root]
+        self._always = [c for c in self._containers if c.replacement is not None]
+        here = {c.module for c in self._containers}
+        self._always += [Container(m) for m in self._eager - here]
+        self._parents_known = False
+
+    def _replace_own(self, module: Module) -> None:
+        current = vars(module).get("forward")
+        if _is_ours(current):
+            if module not in self._replaced and not self._stands(module, current):
+                _borrowed[id(module)] = _borrowed.get(id(module), 0) + 1
+                self._replaced[module] = (current, current)
+            return
+        replacement = make_replacement(module, current)
+        self._replaced[module] = (replacement, current)
+        vars(module)["forward"] = replacement
+
+    def _stands(self, module: Module, forward: Forward) -> bool:
+        return any(c.module is module and c.replacement is forward for c in self._always)
+
+    def _remove_carefully(self) -> None:
+        for module, (replacement, previous) in self._replaced.items():
+            if replacement is previous:
+                _return_borrowed(module)
+            else:
+                _leave_or_remove(module, previous)
+        self._replaced.clear()
+        for container in self._always:
+            if container.slots.get("forward") is container.replacement:
+                _leave_or_remove(container.module, None)
+
+
+def _leave_or_remove(module: Module, previous: Forward | None) -> None:
+    if _borrowed.get(id(module)):
+        _orphans[id(module)] = (module, previous)
+    else:
+        _put_back(module, previous)
+
+
+def _return_borrowed(module: Module) -> None:
+    _borrowed[id(module)] -= 1
+    if _borrowed[id(module)]:
+        return
+    del _borrowed[id(module)]
+    orphan = _orphans.pop(id(module), None)
+    if orphan is not None:
+        _put_back(*orphan)
+
+
+def _put_back(module: Module, previous: Forward | None) -> None:
+    if previous is None:
+        vars(module).pop("forward", None)
+    else:
+        vars(module)["forward"] = previous
+
+
+def _find_parents(root: Module) -> dict[Module, Module | None]:
+    parents: dict[Module, Module | None] = {root: None}
+    stack = [(root, root)]
+    while stack:
+        module, caller = stack.pop()
+        for child in reversed(module._modules.values()):
+            if child is not None and child not in parents:
+                parents[child] = caller
+                stack.append((child, caller if _never_called(child) else child))
+    return parents

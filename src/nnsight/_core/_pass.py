@@ -1,0 +1,281 @@
+"""Pass: one execution of the forward in a coroutine, standing still where somebody waits."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import TYPE_CHECKING, Any
+
+from greenlet import GreenletExit
+from torch.nn import Module
+from torch.nn.modules import module as torch_module
+
+from ._coroutine import Coroutine
+from ._modes import Modes, capture_modes, is_inference, switch_modes, with_inference
+from ._visit import INPUT, OUTPUT, RESULT, STEP, Request, Visit
+
+if TYPE_CHECKING:
+    from ._instrument import Instruments
+
+Override = Callable[[Callable[..., Any]], Callable[..., Any]]
+
+
+class Pass:
+    """One forward (or one generation) of the model.
+
+    Two functions are called in the coroutine: `serve(visit)` whenever a place comes by that somebody wants,
+    `missed()` when places that were wanted may have been passed.
+    """
+
+    def __init__(
+        self,
+        call: Callable[[], Any],
+        instruments: Instruments,
+        stepper: Module,
+        modes: Modes,
+        overrides: dict[Any, Override],
+        serve: Callable[[Visit], None],
+        missed: Callable[[], None],
+    ) -> None:
+        self.here: Visit | None = None
+        self.done = False
+        self.closing = False
+        self.error: BaseException | None = None
+        self.step = -1
+        self.counts: dict[Any, int] = {}
+        self.running: list[Any] = []
+        self.wanted: dict[Any, int] = {}
+        self.guards: dict[Any, set[Module]] = {}
+        self.learning = False
+        self._step_counts: dict[Any, int] = {}
+        self._call = call
+        self._instruments = instruments
+        self._stepper = stepper
+        self._modes = modes
+        self._borrowed_inference = False
+        self._overrides = overrides
+        self._serve = serve
+        self._missed = missed
+        self._counted: set[Module] = set()
+        self._all_counted = False
+        self._coroutine: Coroutine | None = None
+
+    # --- driven from outside -------------------------------------------------------------------------
+
+    def advance(self) -> None:
+        """Run the model until `pause` is called in it, or it ends."""
+        if self._coroutine is None:
+            self._coroutine = Coroutine(self._main, serves=self)
+        body = capture_modes()
+        model = self._modes
+        if self._borrowed_inference:
+            switch_modes(body, model)
+            body = with_inference(body, False)
+        elif body is not model:
+            switch_modes(body, model)
+        self._coroutine.resume()
+        self._modes = model = capture_modes()
+        self._borrowed_inference = False
+        if body is not model:
+            # Inference tensors can be edited only in inference mode: the body borrows it while it holds them.
+            if is_inference(model) and not is_inference(body) and not self.done:
+                self._borrowed_inference = True
+                body = with_inference(body, True)
+            switch_modes(model, body)
+
+    def close(self) -> None:
+        """Unwind the model where it stands."""
+        self.closing = True
+        coroutine, self._coroutine = self._coroutine, None
+        if coroutine is None:
+            return
+        body = capture_modes()
+        if self._borrowed_inference:
+            body = with_inference(body, False)
+            self._borrowed_inference = False
+        coroutine.kill()
+        switch_modes(capture_modes(), body)
+        self._call = self._serve = self._missed = _nothing
+        self.here = None
+
+    # --- called in the model's coroutine -------------------------------------------------------------
+
+    def pause(self) -> None:
+        """Let whoever advanced this pass go on."""
+        assert self._coroutine is not None
+        self._coroutine.hand_over()
+
+    def call(self, place: Any, plain: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        """Call a module or an operation that may be wanted."""
+        if self.closing:
+            return plain(*args, **kwargs)
+        counts = self.counts
+        index = counts.get(place, 0)
+        counts[place] = index + 1
+        if place is self._stepper:
+            self._begin_step()
+        wanted = self.wanted
+        running = self.running
+        running.append(place)
+        try:
+            if place in wanted:
+                visit = self._visit(place, INPUT, (args, kwargs), index)
+                if visit.skipped:
+                    return self._leave(place, visit.value, index, args, kwargs)
+                args, kwargs = visit.value
+            if self._overrides and place in self._overrides:
+                plain = self._overrides[place](plain)
+            result = plain(*args, **kwargs)
+            if place in wanted or place in self.guards:
+                return self._leave(place, result, index, args, kwargs)
+            return result
+        finally:
+            running.pop()
+
+    def touch(self, place: Any, value: Any) -> Any:
+        """Let a value appear at a place that is not a call; returns it as edited."""
+        index = self.counts.get(place, 0)
+        self.counts[place] = index + 1
+        return self._visit(place, OUTPUT, value, index).value if place in self.wanted else value
+
+    def _leave(
+        self, place: Any, result: Any, index: int, args: tuple[Any, ...], kwargs: dict[str, Any]
+    ) -> Any:
+        if isinstance(place, Module) and (place._forward_hooks or torch_module._global_forward_hooks):
+            self._leave_after_hooks(place, index, args, kwargs)
+            return result
+        return self._leave_now(place, result, index, args, kwargs)
+
+    def _leave_now(
+        self, place: Any, result: Any, index: int, args: tuple[Any, ...], kwargs: dict[str, Any]
+    ) -> Any:
+        if place in self.wanted:
+            result = self._visit(place, OUTPUT, result, index, (args, kwargs)).value
+        if place in self.guards:
+            self._pass_by_children(place)
+        return result
+
+    def _leave_after_hooks(
+        self, module: Module, index: int, args: tuple[Any, ...], kwargs: dict[str, Any]
+    ) -> None:
+        # The user's own hooks may change the output: what the next module gets is what they leave.
+        def last(_module: Module, _args: Any, result: Any) -> Any:
+            if handle is not None and self._coroutine is not None and self._coroutine.is_current():
+                handle.remove()
+                return self._leave_now(module, result, index, args, kwargs)
+            return None
+
+        handle = None
+        handle = module.register_forward_hook(last)
+
+    def _visit(self, place: Any, kind: str, value: Any, index: int, inputs: Any = None) -> Visit:
+        visit = Visit(place, kind, value, index, max(self.step, 0), index - self._step_counts.get(place, 0))
+        visit.inputs = inputs
+        outer, self.here = self.here, visit
+        try:
+            self._serve(visit)
+        finally:
+            self.here = outer
+        return visit
+
+    def _begin_step(self) -> None:
+        self.step += 1
+        if self.step:
+            if self.learning:
+                self._learned()
+            stepper = self._stepper
+            self._step_counts = dict(self.counts)
+            self._step_counts[stepper] -= 1
+            if self.wanted:
+                self._missed()
+        if STEP in self.wanted:
+            self.touch(STEP, self.step)
+
+    def _main(self) -> None:
+        try:
+            switch_modes(capture_modes(), self._modes)
+            result = self._call()
+            if self.learning:
+                self._learned()
+            self.touch(RESULT, result)
+            del result
+        except GreenletExit:
+            pass
+        except BaseException as error:
+            self.error = error
+        finally:
+            self.done = True
+            self.here = None
+
+    # --- what is wanted, and what has come by -----------------------------------------------------------
+
+    def want(self, request: Request) -> None:
+        """Stand still at the places `request` asks for, until `unwant`."""
+        place = request.place
+        self.wanted[place] = self.wanted.get(place, 0) + 1
+
+    def unwant(self, request: Request) -> None:
+        """Undo one `want`."""
+        place = request.place
+        if self.wanted[place] == 1:
+            del self.wanted[place]
+        else:
+            self.wanted[place] -= 1
+
+    def learn(self) -> None:
+        """Count every module in this pass, to know which leaves are called otherwise than their parents."""
+        self.learning = self._all_counted = True
+        for module in self._instruments.modules():
+            self._instruments.add(module)
+
+    def watch(self, module: Module) -> None:
+        """Make a module's calls visible; modules with children are so from the start."""
+        if module._modules or self._all_counted or module in self._counted:
+            return
+        self._counted.add(module)
+        instruments = self._instruments
+        if instruments.add(module):
+            return  # counted from the start
+        parent = instruments.parent(module)
+        if parent is None or not self.counts.get(parent):
+            return
+        # A leaf that is always called once in a call of its parent: the parent's count tells its own.
+        self.counts[module] = self.ended(parent)
+        self._step_counts[module] = self._step_counts.get(parent, 0)
+        if parent in self.running:
+            self.guards.setdefault(parent, set()).add(module)
+
+    def _pass_by_children(self, parent: Module) -> None:
+        for module in self.guards.pop(parent):
+            self.counts[module] = max(self.counts[module], self.counts[parent])
+        self._missed()
+
+    def ended(self, place: Any) -> int:
+        """How many calls of `place` are over."""
+        return self.counts.get(place, 0) - self.running.count(place)
+
+    def has_passed(self, request: Request) -> bool:
+        """Whether the occurrence that `request` asks for is over."""
+        place = request.place
+        count = self.counts.get(place, 0) if request.kind == INPUT else self.ended(place)
+        if request.step is None:
+            return count > request.call
+        if request.step < self.step:
+            return True
+        return request.step == self.step and count - self._step_counts.get(place, 0) > request.call
+
+    def _learned(self) -> None:
+        self.learning = False
+        self._instruments.profile = dict(self.counts)
+        parent = self._instruments.parent
+        counts = self.counts
+        odd = [
+            module
+            for module in self._instruments.modules()
+            if not module._modules and counts.get(module) and counts[module] != counts.get(parent(module), 0)
+        ]
+        if odd:
+            self._instruments.watch_always(odd)
+
+
+def _nothing(*_: Any) -> None:
+    return None

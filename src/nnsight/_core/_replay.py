@@ -1,0 +1,137 @@
+"""The second pass: the same forward once more, with the edits made so far, for reads that came too late."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+import torch
+
+from ..errors import OutOfOrderError
+from ._order import never_ran, warn_late
+from ._pass import Pass
+from ._tensors import map_tensors
+from ._visit import Request, Visit
+
+if TYPE_CHECKING:
+    from ._run import Run
+
+
+class Replay:
+    """Runs only as far as a late read needs, and goes on from there for the next one."""
+
+    def __init__(self, run: Run) -> None:
+        self._run = run
+        self._pass: Pass | None = None
+        self._request: Request | None = None
+        self._random_state = run.edits.random_state
+        self._warned = False
+        self._passes = 0
+
+    def reach(self, request: Request) -> Visit:
+        """The visit that `request` asks for, in a repetition of the main pass."""
+        if not self._warned:
+            self._warned = True
+            warn_late(self._run, request)
+        current = self._pass
+        if current is None or current.done or current.has_passed(request):
+            current = self._restart()
+        found = self._advance(current, request)
+        if found is None and self._passes > 1:
+            found = self._advance(self._restart(), request)
+        if found is None:
+            raise never_ran(self._run, request)
+        return found
+
+    def close(self) -> None:
+        """Unwind the second pass."""
+        if self._pass is not None:
+            self._pass.close()
+            self._pass = None
+
+    def _restart(self) -> Pass:
+        self.close()
+        run = self._run
+        assert run.call is not None
+        self._passes += 1
+        self._random_state = run.edits.random_state
+        self._pass = Pass(
+            run.call, run.instruments, run.stepper, run.modes, run.overrides, self._serve, self._missed
+        )
+        for place, _, _ in run.edits.by_visit:
+            self._pass.wanted[place] = self._pass.wanted.get(place, 0) + 1
+        return self._pass
+
+    def _advance(self, current: Pass, request: Request) -> Visit | None:
+        here = current.here
+        if here is not None and here.kind == request.kind and here.is_occurrence(request):
+            return here
+        if isinstance(request.place, torch.nn.Module):
+            current.watch(request.place)
+        self._request = request
+        current.want(request)
+        try:
+            with _RandomState(self), _Buffers(self._run):
+                current.advance()
+        finally:
+            current.unwant(request)
+            self._request = None
+        if current.error is not None:
+            raise current.error
+        return current.here
+
+    def _serve(self, visit: Visit) -> None:
+        edit = self._run.edits.by_visit.get((visit.place, visit.kind, visit.index))
+        if edit is not None:
+            visit.value = map_tensors(lambda tensor: tensor.detach().clone(), edit.value)
+        request = self._request
+        if request is not None and request.kind == visit.kind and visit.is_occurrence(request):
+            assert self._pass is not None
+            self._pass.pause()
+
+    def _missed(self) -> None:
+        current, request = self._pass, self._request
+        if current is not None and request is not None and current.has_passed(request):
+            current.pause()
+
+    def swap_random_state(self) -> None:
+        """Exchange the generator's state with the second pass's own."""
+        state = torch.default_generator.get_state()
+        if self._random_state is not None:
+            torch.default_generator.set_state(self._random_state)
+        self._random_state = state
+
+
+class _RandomState:
+    """The second pass draws the numbers the first one drew, and the first goes on with its own."""
+
+    def __init__(self, replay: Replay) -> None:
+        self._replay = replay
+
+    def __enter__(self) -> None:
+        self._replay.swap_random_state()
+
+    def __exit__(self, *_: object) -> None:
+        self._replay.swap_random_state()
+
+
+class _Buffers:
+    """A forward that changes the model's buffers cannot be repeated: put them back and say so."""
+
+    def __init__(self, run: Run) -> None:
+        self._buffers = list(run.instruments.root.buffers())
+
+    def __enter__(self) -> None:
+        self._before = [(buffer, buffer._version, buffer.detach().clone()) for buffer in self._buffers]
+
+    def __exit__(self, *_: object) -> None:
+        changed = [(buffer, before) for buffer, version, before in self._before if buffer._version != version]
+        if not changed:
+            return
+        with torch.no_grad():
+            for buffer, before in changed:
+                buffer.copy_(before)
+        raise OutOfOrderError(
+            "Value was missed: it was asked for after its place had passed, and a second pass cannot serve it, because "
+            "this model changes its own buffers in the forward (batch norm in training mode, or a cache). "
+            "Move the line up, or put the model in eval mode."
+        )

@@ -1,0 +1,286 @@
+"""Run: one use of a model, shared by the workers that read and change its values."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch.nn import Module
+
+from ..config import CONFIG
+from ..errors import OutOfOrderError, StoppedError, WaitError
+from ._edits import Edits
+from ._instrument import Instruments
+from ._modes import capture_modes
+from ._order import explain_late
+from ._pass import Override, Pass
+from ._replay import Replay
+from ._tensors import map_tensors
+from ._tuples import as_native
+from ._visit import INPUT, Request, Visit
+from ._worker import Worker
+
+
+class Call:
+    """What a run executes: a function and the inputs it gets.
+
+    `repeatable` says that calling it again with the same inputs is the same forward.
+    """
+
+    __slots__ = ("args", "function", "kwargs", "repeatable")
+
+    def __init__(
+        self, function: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any], repeatable: bool
+    ) -> None:
+        self.function = function
+        self.args = args
+        self.kwargs = kwargs
+        self.repeatable = repeatable
+
+    def __call__(self) -> Any:
+        return self.function(*self.args, **self.kwargs)
+
+
+class Run:
+    """The workers, the main pass, and the second pass that serves reads which came too late.
+
+    `prepare` makes the call when the forward is first needed: a batch is complete only then.
+    """
+
+    def __init__(
+        self, instruments: Instruments, stepper: Module, prepare: Callable[[], Call], *, strict: bool = False
+    ) -> None:
+        self.instruments = instruments
+        self.stepper = stepper
+        self.strict = strict or CONFIG.APP.STRICT_ORDER
+        self.modes = capture_modes()
+        self.workers: list[Worker] = []
+        self.main: Pass | None = None
+        self.call: Call | None = None
+        self.overrides: dict[Any, Override] = {}
+        self.edits = Edits()
+        self.over = False
+        self.saved: list[Any] = []
+        self._prepare: Callable[[], Call] | None = prepare
+        self._stopped = False
+        self._failure: BaseException | None = None
+        self._replay: Replay | None = None
+
+    # --- starting and ending -----------------------------------------------------------------------------
+
+    def start(self) -> Pass:
+        """Make everything ready for the forward, which begins when a worker first needs it."""
+        if self.main is None:
+            call = self._make_call()
+            self.edits.begin(call)
+            self.instruments.install()
+            self.main = Pass(
+                call, self.instruments, self.stepper, self.modes, self.overrides, self._serve, self._missed
+            )
+            if self.instruments.profile is None:
+                self.main.learn()
+        return self.main
+
+    def finish(self) -> None:
+        """Run the model to its end, with every block that still waits for it."""
+        if self.main is None and all(worker.coroutine is None for worker in self.workers):
+            if not self._stopped:
+                self._make_call()()
+            return
+        main = self.start()
+        while not main.done and not self._is_stopped():
+            self._advance()
+        self._settle()
+        self.edits.check_late_reads()
+
+    def close(self) -> None:
+        """Unwind what still stands, put the modules back, and let go of every value."""
+        if self.over:
+            return
+        self.over = True
+        for worker in self.workers:
+            worker.close()
+        if self._replay is not None:
+            self._replay.close()
+            self._replay = None
+        if self.main is not None:
+            self.main.close()
+            self.instruments.remove()
+            self.main = None
+        self.call = self._prepare = self._failure = None
+        self.overrides.clear()
+        self.edits.clear()
+        self.workers.clear()
+
+    def stop(self, worker: Worker) -> None:
+        """End the forward as soon as no other worker needs it."""
+        self._stopped = worker.stopped = True
+        if worker.coroutine is None and self._is_stopped() and self.main is not None:
+            self.main.close()
+
+    def _is_stopped(self) -> bool:
+        return self._stopped and all(worker.stopped or worker.finished for worker in self.workers)
+
+    def _make_call(self) -> Call:
+        if self.call is None:
+            assert self._prepare is not None
+            self.call = self._prepare()
+        return self.call
+
+    # --- what workers ask ----------------------------------------------------------------------------------
+
+    def reach(self, worker: Worker, place: Any, kind: str, path: str, *, write: bool = False) -> Visit:
+        """Let the model run until the place that `worker` names, and stand still there."""
+        request = worker.request_for(place, kind, path)
+        main = self.main or self.start()
+        here = main.here
+        if here is not None and here.is_occurrence(request):
+            if here.kind == kind or (kind == INPUT and not write):
+                return here
+        self._check_usable(worker)
+        if isinstance(place, Module):
+            main.watch(place)
+        if not (main.done or main.has_passed(request)):
+            self._park(worker, request)
+            here = main.here
+            if here is not None and here.kind == kind and here.is_occurrence(request):
+                return here
+        return self._late(request, worker, write)
+
+    def read(self, worker: Worker, place: Any, kind: str, path: str) -> tuple[Visit, Any]:
+        """The value at a place, with the visit it belongs to."""
+        visit = self.reach(worker, place, kind, path)
+        value = visit.value if visit.kind == kind else visit.inputs
+        if self.main is None or visit is not self.main.here:
+            value = map_tensors(torch.Tensor.detach, value)
+            self.edits.note_late_read(f"{path}.{kind}", value)
+        elif self.edits.keeping:
+            self.edits.give(visit, value, path)
+        return visit, value
+
+    def change(self, visit: Visit, value: Any, path: str) -> None:
+        """Change the value at a visit where the model still stands."""
+        if self.over or self.main is None or self.main.here is not visit:
+            raise OutOfOrderError(
+                f"Value was missed: {path} can only be assigned while the model stands there; it has gone on since."
+            )
+        visit.value = as_native(value)
+        visit.written = True
+        self.edits.note_write(path)
+
+    def skip(self, worker: Worker, place: Any, path: str, value: Any) -> None:
+        """Let `value` stand for the call that is about to happen at a place."""
+        visit = self.reach(worker, place, INPUT, path, write=True)
+        self.change(visit, value, f"{path} (skipped)")
+        visit.skipped = True
+
+    def wait(self, worker: Worker, condition: Callable[[], bool], what: str) -> None:
+        """Park `worker` until `condition()` holds; other workers bring that about."""
+        if condition():
+            return
+        self._check_usable(worker)
+        self.start()
+        worker.condition = condition
+        try:
+            self._yield(worker)
+        finally:
+            worker.condition = None
+        if not condition():
+            raise WaitError(f"{worker.label} waits for {what}, which cannot come any more.")
+
+    def fail(self, error: BaseException) -> None:
+        """Called by a deferred worker whose code raised: the run ends with this error."""
+        self._failure = error
+
+    def _check_usable(self, worker: Worker) -> None:
+        if worker.stopped:
+            raise StoppedError(
+                "tracer.stop() has ended this block's part of the forward pass: read what you need before it."
+            )
+        if self.edits.late_reads:
+            self.edits.check_late_reads()
+
+    def _late(self, request: Request, worker: Worker, write: bool) -> Visit:
+        problem = explain_late(self, worker, request, write)
+        if problem is not None:
+            raise problem
+        if self._replay is None:
+            self._replay = Replay(self)
+        return self._replay.reach(request)
+
+    # --- the schedule ---------------------------------------------------------------------------------------
+
+    def _park(self, worker: Worker, request: Request) -> None:
+        main = self.main
+        assert main is not None
+        worker.request = request
+        main.want(request)
+        try:
+            self._yield(worker)
+        finally:
+            worker.request = None
+            main.unwant(request)
+
+    def _yield(self, worker: Worker) -> None:
+        if worker.coroutine is not None:
+            worker.coroutine.hand_over()
+            return
+        self._advance()
+        if self.main is not None and self.main.done:
+            self._settle()
+
+    def _advance(self) -> None:
+        main = self.main
+        assert main is not None
+        main.advance()
+        self._raise_failure()
+        if main.error is not None:
+            error, main.error = main.error, None
+            self.edits.annotate(error)
+            raise error
+
+    def _raise_failure(self) -> None:
+        if self._failure is not None:
+            failure, self._failure = self._failure, None
+            raise failure
+
+    def _settle(self) -> None:
+        """The forward is over: give deferred workers that still wait their answer."""
+        while True:
+            waiting = [w for w in self.workers if w.coroutine is not None and not w.finished]
+            if not waiting:
+                return
+            able = [w for w in waiting if w.condition is None or w.condition()]
+            (able or waiting)[0].resume()
+            self._raise_failure()
+
+    def _serve(self, visit: Visit) -> None:
+        """In the model's coroutine: let everybody run who waits for this visit, in the order written."""
+        going = True
+        while going:
+            going = False
+            for worker in self.workers:
+                while worker.is_ready(visit):
+                    going = True
+                    self._let_run(worker)
+        if visit.written or visit.given:
+            self.edits.leave(visit)
+
+    def _missed(self) -> None:
+        """In the model's coroutine: wake whoever waits for something that has passed."""
+        main = self.main
+        assert main is not None
+        for worker in self.workers:
+            while worker.request is not None and main.has_passed(worker.request):
+                self._let_run(worker)
+
+    def _let_run(self, worker: Worker) -> None:
+        main = self.main
+        assert main is not None
+        if worker.coroutine is None:
+            main.pause()
+            return
+        worker.resume()
+        if self._failure is not None or self._is_stopped():
+            main.pause()

@@ -1,0 +1,59 @@
+"""The tensors inside nested values: listing, mapping, and seeing that they changed."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable
+from typing import Any
+
+import torch
+
+from ._tuples import AssignableTuple, rebuild
+
+Snapshot = list[tuple[torch.Tensor, int]]
+
+
+def tensors_in(value: Any) -> list[torch.Tensor]:
+    """Every tensor in nested tuples, lists and mappings."""
+    if isinstance(value, torch.Tensor):
+        return [value]
+    if isinstance(value, dict):
+        value = value.values()
+    elif not isinstance(value, (tuple, list)):
+        return []
+    return [tensor for item in value for tensor in tensors_in(item)]
+
+
+def map_tensors(function: Callable[[torch.Tensor], Any], value: Any) -> Any:
+    """`value` with `function` applied to its tensors, in containers of the same classes."""
+    if isinstance(value, torch.Tensor):
+        return function(value)
+    if isinstance(value, AssignableTuple):
+        return rebuild(value.native, [map_tensors(function, item) for item in value])
+    if isinstance(value, tuple):
+        return rebuild(type(value), [map_tensors(function, item) for item in value])
+    if isinstance(value, list):
+        return [map_tensors(function, item) for item in value]
+    if isinstance(value, dict):
+        mapped = copy.copy(value)
+        for key, item in value.items():
+            mapped[key] = map_tensors(function, item)
+        return mapped
+    return value
+
+
+def snapshot(value: Any) -> Snapshot | None:
+    """Which tensors `value` holds, at which versions; None where PyTorch keeps no versions."""
+    tensors = tensors_in(value)
+    if any(tensor.is_inference() for tensor in tensors):
+        return None
+    return [(tensor, tensor._version) for tensor in tensors]
+
+
+def has_changed(value: Any, before: Snapshot) -> bool:
+    """Whether a tensor in `value` was changed in place, or exchanged, since `before`."""
+    now = tensors_in(value)
+    return len(now) != len(before) or any(
+        tensor is not old or tensor._version != version
+        for tensor, (old, version) in zip(now, before, strict=True)
+    )

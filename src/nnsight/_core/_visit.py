@@ -1,0 +1,84 @@
+"""Visit: the model standing still at one place, and the value there as edited so far."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+if TYPE_CHECKING:
+    from ._tensors import Snapshot
+    from ._worker import Worker
+
+INPUT = "input"
+OUTPUT = "output"
+
+
+class Place:
+    """Somewhere values appear that is not a module: an operation, the result of the run, a step's start."""
+
+    __slots__ = ("__weakref__", "name")
+
+    def __init__(self, name: str) -> None:
+        self.name = name
+
+    def __repr__(self) -> str:
+        return self.name
+
+
+RESULT = Place("tracer.result")
+STEP = Place("the start of a step")
+
+
+class Request(NamedTuple):
+    """What a parked worker waits for.
+
+    `step` None counts the place's visits from the start of the run; else `call` counts within that step.
+    """
+
+    place: Any
+    kind: str
+    path: str
+    step: int | None
+    call: int
+
+
+class Visit:
+    """One occurrence of a place.
+
+    `index` counts the place's calls in the run, `call` those within `step`.  `inputs` is `(args, kwargs)`
+    at an output, `given` what blocks were handed, `views` what each worker sees instead of the whole value.
+    """
+
+    __slots__ = (
+        "call",
+        "given",
+        "index",
+        "inputs",
+        "kind",
+        "place",
+        "skipped",
+        "step",
+        "value",
+        "views",
+        "written",
+    )
+
+    def __init__(self, place: Any, kind: str, value: Any, index: int, step: int, call: int) -> None:
+        self.place = place
+        self.kind = kind
+        self.value = value
+        self.index = index
+        self.step = step
+        self.call = call
+        self.inputs: tuple[tuple[Any, ...], dict[str, Any]] | None = None
+        self.given: list[tuple[Any, Snapshot, str]] = []
+        self.views: dict[tuple[Worker, str], Any] | None = None
+        self.written = False
+        self.skipped = False
+
+    def is_occurrence(self, request: Request) -> bool:
+        """Whether this is the call that `request` asks about, at its input or its output."""
+        if self.place is not request.place:
+            return False
+        if request.step is None:
+            return self.index == request.call
+        return self.step == request.step and self.call == request.call

@@ -1,0 +1,77 @@
+"""Everything nnsight assigns to classes that are not its own, and how to undo it.
+
+`.save()` and `.value` are mounted on `torch.Tensor` and on the built-in types that traces hand out.  On a
+subclass (an `Enum` that is also a `str`, a dictionary with attribute access) a mounted name stands behind
+everything the subclass itself, or another base of it, defines.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import gc
+from collections.abc import Callable
+from typing import Any
+
+import torch
+
+_TYPES: tuple[type, ...] = (torch.Tensor, list, dict, tuple, set, frozenset, int, float, complex, str, bytes)
+_mounted: list[tuple[type, str]] = []
+
+
+class _Mounted:
+    """A name on a foreign class that gives way to whatever a subclass defines."""
+
+    def __init__(self, owner: type, name: str, get: Callable[[Any], Any]) -> None:
+        self._owner = owner
+        self._name = name
+        self._get = get
+
+    def __get__(self, instance: Any, cls: type | None = None) -> Any:
+        if instance is None:
+            raise AttributeError(f"type object {cls} has no attribute {self._name!r}")
+        kind = type(instance)
+        if kind is not self._owner:
+            order = kind.__mro__
+            for base in order[order.index(self._owner) + 1 :]:
+                found = vars(base).get(self._name)
+                if found is not None:
+                    return found.__get__(instance, kind) if hasattr(found, "__get__") else found
+            if hasattr(kind, "__getattr__"):
+                raise AttributeError(self._name)
+        return self._get(instance)
+
+
+def _namespace(cls: type) -> dict[str, Any]:
+    return next(found for found in gc.get_referents(cls.__dict__) if type(found) is dict)
+
+
+def _assign(cls: type, name: str, value: Any) -> None:
+    _namespace(cls)[name] = value
+    ctypes.pythonapi.PyType_Modified(ctypes.py_object(cls))
+
+
+def mount(save: Callable[[Any], Any]) -> None:
+    """Give `.save()` and `.value` to tensors and built-in values; a second call changes nothing."""
+    if _mounted:
+        return
+
+    def bind(instance: Any) -> Callable[[], Any]:
+        return lambda: save(instance)
+
+    for cls in _TYPES:
+        for name, get in (("save", bind), ("value", _itself)):
+            if name not in vars(cls):
+                _assign(cls, name, _Mounted(cls, name, get))
+                _mounted.append((cls, name))
+
+
+def unmount() -> None:
+    """Take `.save()` and `.value` from the built-in types and `torch.Tensor` again."""
+    while _mounted:
+        cls, name = _mounted.pop()
+        del _namespace(cls)[name]
+        ctypes.pythonapi.PyType_Modified(ctypes.py_object(cls))
+
+
+def _itself(instance: Any) -> Any:
+    return instance

@@ -1,0 +1,117 @@
+"""Tree: what all envoys of one model share."""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Callable, Iterable
+from typing import TYPE_CHECKING, Any
+
+from torch.nn import Module
+
+from .._core import INPUT, OUTPUT, Instruments, Visit, Worker, active, as_assignable
+from ..errors import EditError, NotTracingError, UnknownPathError
+
+if TYPE_CHECKING:
+    from ._envoy import Envoy
+
+Present = Callable[[Module, Any, Callable[[Any], None]], Any]
+
+
+class Tree:
+    """The module at the root, its instruments, and how values of its modules are shown.
+
+    `present(module, value, write)` makes what `.output` gives out of what the module returned; `write` puts
+    a new value in its place.
+    """
+
+    def __init__(self, root: Module) -> None:
+        self.root = root
+        self.instruments = Instruments.of(root)
+        self.present: Present = present_plainly
+        self.accept: Callable[[Module, Any, Any], Any] | None = None
+        self.before_request: Callable[[Worker, Module, str], None] | None = None
+
+    def rebind(self, root: Module) -> None:
+        """Use another module from now on (the loaded one in place of its empty shape)."""
+        self.root = root
+        self.instruments = Instruments.of(root)
+
+    def find_worker(self) -> Worker | None:
+        """The block of a trace of this model that the current code belongs to."""
+        worker = active.get()
+        while worker is not None and worker.run.instruments is not self.instruments:
+            worker = worker.outer
+        return worker
+
+    def worker(self, path: str, kind: str) -> Worker:
+        """As `find_worker`, or an error that says what to write."""
+        worker = self.find_worker()
+        if worker is None:
+            raise NotTracingError(_NOT_TRACING.format(path=path, kind=kind))
+        return worker
+
+    # --- values ------------------------------------------------------------------------------------------
+
+    def read(self, module: Module, path: str, kind: str) -> Any:
+        """The value at a module, as the block sees it."""
+        worker = self.worker(path, kind)
+        run = worker.run
+        if self.before_request is not None:
+            self.before_request(worker, module, path)
+        visit, value = run.read(worker, module, kind, path)
+        if kind == INPUT:
+            return value
+
+        def write(changed: Any) -> None:
+            run.change(visit, changed, f"{path}.{OUTPUT}")
+
+        return self.present(module, value, write)
+
+    def write(self, module: Module, path: str, kind: str, value: Any) -> None:
+        """Put `value` at a module."""
+        worker = self.worker(path, kind)
+        if self.before_request is not None:
+            self.before_request(worker, module, path)
+        visit = worker.run.reach(worker, module, kind, path, write=True)
+        if self.accept is not None and kind == OUTPUT:
+            value = self.accept(module, visit.value, value)
+        worker.run.change(visit, value, f"{path}.{kind}")
+
+
+def present_plainly(_module: Module, value: Any, write: Callable[[Any], None]) -> Any:
+    """A value as it is, with assignable items where it is a tuple."""
+    return as_assignable(value, write) if isinstance(value, tuple) else value
+
+
+def first_input(inputs: tuple[tuple[Any, ...], dict[str, Any]], path: str) -> Any:
+    """The first positional argument, or the first keyword argument where there is none."""
+    args, kwargs = inputs
+    if args:
+        return args[0]
+    if kwargs:
+        return next(iter(kwargs.values()))
+    raise EditError(f"{path} was called without any argument, so it has no .input; .inputs gives ((), {{}}).")
+
+
+def with_first_input(visit: Visit, value: Any) -> tuple[tuple[Any, ...], dict[str, Any]]:
+    """The inputs of a call with the first argument exchanged."""
+    args, kwargs = visit.value
+    if args or not kwargs:
+        return (value, *args[1:]), kwargs
+    return args, {**kwargs, next(iter(kwargs)): value}
+
+
+def unknown(envoy: Envoy, name: str, names: Iterable[str]) -> UnknownPathError:
+    """The error for a name that a module does not have, with the nearest ones it has."""
+    known = sorted(set(names))
+    close = difflib.get_close_matches(name, known, n=3, cutoff=0.5) or known[:8]
+    hint = f" The closest are: {', '.join(close)}." if close else " It has no submodules."
+    return UnknownPathError(f"{envoy.path} ({type(envoy._module).__name__}) has no {name!r}.{hint}")
+
+
+_NOT_TRACING = """\
+Cannot return {kind} of Envoy {path}: no trace of this model is running here. Values exist only while the model runs:
+
+    with model.trace(input):          # or: with model.trace() as tracer:
+        value = model....{kind}.save()    #         with tracer.invoke(input): ...
+"""

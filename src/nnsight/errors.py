@@ -1,0 +1,101 @@
+"""Every exception and warning of nnsight, under one root.
+
+NNsightError
+├── NotTracingError (ValueError)      a value was asked for outside a running trace
+├── NoInputError (ValueError)         the model was never given an input
+├── OrderError
+│   ├── OutOfOrderError               the place has already been passed
+│   └── NeverRanError                 the place does not come by in this run
+├── StoppedError                      the run was ended by ``tracer.stop()``
+├── WaitError                         blocks wait for something that cannot come
+├── UnknownPathError (AttributeError) no module or attribute of that name
+├── EditError (TypeError, ValueError) a value cannot be put where it was assigned
+├── RowsError                         an invoke's rows cannot be told apart at a place
+├── GradientError                     a gradient that cannot be had
+├── InputError (TypeError, ValueError) an input the model cannot take
+├── LoadError                         a model or tokenizer cannot be loaded
+├── CaptureError                      a deferred block cannot be taken from its source
+└── SourceError                       a function has no readable operations
+"""
+
+from __future__ import annotations
+
+
+class NNsightError(Exception):
+    """Root of every error nnsight raises itself."""
+
+
+class NotTracingError(NNsightError, ValueError):
+    """A module's value was asked for while no trace of its model was running."""
+
+
+class NoInputError(NNsightError, ValueError):
+    """A trace needs an input and got none."""
+
+
+class OrderError(NNsightError, RuntimeError):
+    """A request that the forward pass can no longer serve."""
+
+
+class OutOfOrderError(OrderError):
+    """The forward pass has gone past the place that was asked for."""
+
+
+class NeverRanError(OrderError):
+    """The place that was asked for does not run in this forward pass."""
+
+
+class StoppedError(NNsightError, RuntimeError):
+    """Something was asked of a run after ``tracer.stop()``."""
+
+
+class WaitError(NNsightError, RuntimeError):
+    """Blocks of one trace wait for each other, or for a value that nobody sets."""
+
+
+class UnknownPathError(NNsightError, AttributeError):
+    """A module path or attribute that the model does not have."""
+
+
+class EditError(NNsightError, TypeError, ValueError):
+    """A value that cannot stand where it was assigned."""
+
+
+class RowsError(NNsightError, RuntimeError):
+    """A place where the rows of one invoke cannot be told from another's."""
+
+
+class GradientError(NNsightError, RuntimeError):
+    """A gradient that does not exist, or was asked for in the wrong order."""
+
+
+class InputError(NNsightError, TypeError, ValueError):
+    """An input of a kind that the model cannot be given."""
+
+
+class LoadError(NNsightError, RuntimeError):
+    """A model or tokenizer that could not be loaded."""
+
+
+class CaptureError(NNsightError, RuntimeError):
+    """The source of a deferred with-block cannot be had, or cannot be run elsewhere."""
+
+
+class SourceError(NNsightError, RuntimeError):
+    """A function whose operations cannot be listed or intercepted."""
+
+
+class NNsightWarning(UserWarning):
+    """Root of every warning nnsight gives."""
+
+
+class OutOfOrderWarning(NNsightWarning):
+    """A read came after its place had passed; a second forward pass served it."""
+
+
+class SavedValueChangedWarning(NNsightWarning):
+    """A saved tensor was changed in place after it was saved."""
+
+
+class IterationWarning(NNsightWarning):
+    """An iteration was bounded past the end of the generation."""

@@ -1,0 +1,3 @@
+"""Models: how each kind is loaded, fed and shown."""
+
+from ._base import NNsight as NNsight

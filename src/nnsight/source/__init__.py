@@ -1,0 +1,13 @@
+"""The operations inside a function: named, printed, and routed through a dispatch.
+
+An *operation* is a call that the function makes in its own body: the bodies of nested functions, lambdas and
+classes are not part of it, comprehensions are. Nothing here changes the function or the module it belongs to.
+"""
+
+from nnsight.source._function import FunctionSource as FunctionSource
+from nnsight.source._instrument import Dispatch as Dispatch
+from nnsight.source._instrument import analyse as analyse
+from nnsight.source._instrument import instrument as instrument
+from nnsight.source._operations import Operation as Operation
+
+__all__ = ["Dispatch", "FunctionSource", "Operation", "analyse", "instrument"]

@@ -1,0 +1,72 @@
+"""`save`: what leaves a trace, and a warning when a saved tensor is changed afterwards."""
+
+from __future__ import annotations
+
+import warnings
+import weakref
+from typing import Any, NamedTuple, TypeVar
+
+import torch
+
+from .._core import Run, active, tensors_in, user_frame
+from ..errors import SavedValueChangedWarning
+
+T = TypeVar("T")
+
+
+class Saved(NamedTuple):
+    """A tensor as it was when it was saved."""
+
+    tensor: weakref.ref[torch.Tensor]
+    version: int
+    filename: str
+    line: int
+
+
+def save(value: T) -> T:
+    """Mark a value as one that leaves the trace, and return it.
+
+    A local trace runs in the user's own frame, so the value is simply itself.  Where a saved tensor is changed
+    in place later in the same trace (by an edit, or by the model), a `SavedValueChangedWarning` says so at
+    the end of the trace: the saved tensor is the live one, no copy, so that gradients can be had for it.
+
+    Example:
+        >>> import torch, nnsight
+        >>> model = nnsight.NNsight(torch.nn.Sequential(torch.nn.Linear(3, 2)))
+        >>> with model.trace(torch.ones(1, 3)):
+        ...     out = nnsight.save(model[0].output)
+        >>> out.shape
+        torch.Size([1, 2])
+
+    Args:
+        value: Anything: a tensor, a container, a number.
+
+    Returns:
+        `value` itself.
+    """
+    worker = active.get()
+    if worker is not None:
+        frame = user_frame()
+        if frame is not None:
+            place = (frame.f_code.co_filename, frame.f_lineno)
+            worker.run.saved += [
+                Saved(weakref.ref(tensor), tensor._version, *place)
+                for tensor in tensors_in(value)
+                if not tensor.is_inference()
+            ]
+    return value
+
+
+def warn_about_changes(run: Run) -> None:
+    """Say which saved tensors were changed in place after they were saved."""
+    for saved in run.saved:
+        tensor = saved.tensor()
+        if tensor is not None and tensor._version != saved.version:
+            warnings.warn_explicit(
+                "a tensor saved here was changed in place afterwards, by an edit or by the model, and holds the "
+                "changed numbers. To keep the earlier ones, save a copy: value.clone().save()",
+                SavedValueChangedWarning,
+                saved.filename,
+                saved.line,
+            )
+    run.saved.clear()

@@ -1,0 +1,64 @@
+"""A Hugging Face cache that holds one small trained model under GPT-2's names, and no network."""
+
+import os
+import shutil
+import tempfile
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import pytest
+
+# huggingface_hub reads these when it is imported, and so do the processes that tests start.
+HF_HOME = Path(tempfile.mkdtemp(prefix="nnsight-tests-"))
+for variable in ("HF_HUB_CACHE", "HUGGINGFACE_HUB_CACHE", "TRANSFORMERS_CACHE", "HF_TOKEN"):
+    os.environ.pop(variable, None)
+os.environ |= {
+    "HF_HOME": str(HF_HOME),
+    "HF_HUB_CACHE": str(HF_HOME / "hub"),
+    "HF_HUB_OFFLINE": "1",
+    "TRANSFORMERS_OFFLINE": "1",
+}
+
+if TYPE_CHECKING:
+    from nnsight import LanguageModel
+
+LANDMARKS = Path(__file__).parents[1] / "src" / "nnsight" / "_bundled" / "landmarks"
+HUB_NAMES = ("openai-community/gpt2", "gpt2")
+REVISION = "0" * 40
+
+
+@pytest.fixture(scope="session", autouse=True)
+def hub_cache() -> Path:
+    """The hub cache: `from_pretrained` of any of `HUB_NAMES` loads the bundled model from it."""
+    hub = HF_HOME / "hub"
+    for name in HUB_NAMES:
+        repository = hub / f"models--{name.replace('/', '--')}"
+        snapshot = repository / "snapshots" / REVISION
+        snapshot.mkdir(parents=True)
+        for file in LANDMARKS.glob("*"):
+            (snapshot / file.name).symlink_to(file)
+        (repository / "refs").mkdir()
+        (repository / "refs" / "main").write_text(REVISION)
+    return hub
+
+
+@pytest.fixture(scope="session")
+def gpt2(hub_cache: Path) -> "LanguageModel":
+    from nnsight import LanguageModel
+
+    return LanguageModel("openai-community/gpt2")
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    marked = [item for item in items if item.get_closest_marker("gpu")]
+    if not marked:
+        return
+    import torch
+
+    if not torch.cuda.is_available():
+        for item in marked:
+            item.add_marker(pytest.mark.skip(reason="no CUDA device"))
+
+
+def pytest_unconfigure() -> None:
+    shutil.rmtree(HF_HOME, ignore_errors=True)
