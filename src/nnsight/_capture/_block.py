@@ -1,8 +1,9 @@
 """A with-block as text and data."""
 
 import ast
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
+from ._names import Names
 from ._text import Text
 
 
@@ -11,7 +12,7 @@ class Block:
     """The body of a with-statement, with what is needed to compile it far from its file.
 
     Attributes:
-        source: The text of the body, dedented; `with <the items after ours>:` and the body where there are any.
+        source: The text of the body, dedented; under `with <the items after ours>:` where there are any.
         filename: The file it stands in, as tracebacks name it.
         first_line: The line of that file that `source` starts at.
         function: The qualified name of the function it stands in, or `<module>`.
@@ -19,6 +20,7 @@ class Block:
         names_read: Names of the surrounding scope that the body reads. A name that it binds first and then
             reads is among them; so are globals and built-ins.
         names_bound: Names of the surrounding scope that the body, or its `as` target, binds.
+        names_global: Those of these names that the body declares `global`.
         line: The line of the with-statement.
         margins: How many bytes each line of `source` had before it in the file.
         owner: The class around the with-statement, after which `__names` are mangled.
@@ -38,6 +40,7 @@ class Block:
     flags: int = 0
     names_read: frozenset[str] = frozenset()
     names_bound: frozenset[str] = frozenset()
+    names_global: frozenset[str] = frozenset()
 
     @property
     def text(self) -> Text:
@@ -48,30 +51,36 @@ class Block:
         """A fresh syntax tree of the body, with the lines and columns of the user's file."""
         return self.text.parse_placed()
 
+    def all_statements(self) -> list[ast.stmt]:
+        """The statements, after the one that binds the `as` target."""
+        target = self.target_statement()
+        return [*([target] if target else []), *self.statements()]
+
     def statements(self) -> list[ast.stmt]:
         """The body as statements of a function of its own, with the same meaning there."""
         return [_AtHome(self.first_argument).visit(statement) for statement in self.tree().body]
 
-    def target_statement(self) -> ast.stmt | None:
-        """`target = .value`, on the line of the with-statement, or None where there is no target."""
+    def target_statement(self) -> ast.Assign | None:
+        """`target = None`, on the line of the with-statement, or None where there is no target."""
         if self.target is None:
             return None
-        statement = ast.parse(f"{self.target} = value").body[0]
+        statement = ast.parse(f"{self.target} = None").body[0]
         assert isinstance(statement, ast.Assign)
-        statement.value = ast.Name(VALUE, ast.Load())
-        return at_line(statement, self.line)
+        at_line(statement, self.line)
+        return statement
+
+    def with_names(self, names: Names) -> "Block":
+        """The same block, with the names found in it."""
+        bound = names.bound | names.bound_inside
+        return replace(self, names_read=names.read, names_bound=bound, names_global=names.declared_global)
 
 
-VALUE = ".value"  # no name that a user can write
-
-
-def at_line(statement: ast.stmt, line: int) -> ast.stmt:
-    """The statement, at the start of a line of the file."""
+def at_line(statement: ast.stmt, line: int) -> None:
+    """Place a statement at the start of a line of the file."""
     for node in ast.walk(statement):
-        if "lineno" in node._attributes:
-            node.lineno = node.end_lineno = line  # type: ignore[attr-defined]
-            node.col_offset = node.end_col_offset = 0  # type: ignore[attr-defined]
-    return statement
+        if isinstance(node, ast.stmt | ast.expr | ast.keyword):
+            node.lineno = node.end_lineno = line
+            node.col_offset = node.end_col_offset = 0
 
 
 class _AtHome(ast.NodeTransformer):
@@ -82,7 +91,12 @@ class _AtHome(ast.NodeTransformer):
 
     def visit_Call(self, node: ast.Call) -> ast.AST:
         self.generic_visit(node)
-        bare = isinstance(node.func, ast.Name) and node.func.id == "super" and not node.args and not node.keywords
+        bare = (
+            isinstance(node.func, ast.Name)
+            and node.func.id == "super"
+            and not node.args
+            and not node.keywords
+        )
         if bare and self._first_argument:
             node.args = [_name("__class__", node), _name(self._first_argument, node)]
         return node

@@ -3,6 +3,7 @@
 import ast
 import symtable
 from collections.abc import Iterator, Sequence
+from copy import deepcopy
 from typing import NamedTuple, cast
 
 from ._errors import CaptureError
@@ -20,6 +21,7 @@ class Names(NamedTuple):
     read: frozenset[str]
     bound: frozenset[str]
     bound_inside: frozenset[str]
+    declared_global: frozenset[str]
 
 
 def names_of(statements: Sequence[ast.stmt], owner: str | None = None) -> Names:
@@ -31,19 +33,44 @@ def names_of(statements: Sequence[ast.stmt], owner: str | None = None) -> Names:
         raise CaptureError(f"line {_line(statements)}: {error.msg}, in a block that runs later") from error
     for _ in range(3 if owner else 2):
         table = table.get_children()[0]
-    symbols = [symbol for symbol in table.get_symbols() if symbol.get_name() != "."]
+    symbols = table.get_symbols()
     read = {symbol.get_name() for symbol in symbols if symbol.is_referenced()}
     bound = {symbol.get_name() for symbol in symbols if symbol.is_assigned() or symbol.is_imported()}
+    globals_ = frozenset(symbol.get_name() for symbol in symbols if symbol.is_declared_global())
     inner = [_outward(child) for child in table.get_children()]
     read.update(*(names for names, _ in inner))
-    return Names(frozenset(read), frozenset(bound), frozenset().union(*(names for _, names in inner)) - bound)
+    bound_inside = frozenset[str]().union(*(names for _, names in inner)) - bound
+    return Names(frozenset(read), frozenset(bound), bound_inside, globals_)
 
 
 def mangled(name: str, owner: str | None) -> str:
     """The name under which the compiler stores `__name` in a class."""
-    if owner is None or not name.startswith("__") or name.endswith("__") or "." in name or not owner.strip("_"):
+    if (
+        owner is None
+        or not name.startswith("__")
+        or name.endswith("__")
+        or "." in name
+        or not owner.strip("_")
+    ):
         return name
     return f"_{owner.lstrip('_')}{name}"
+
+
+def function(name: str, parameters: Sequence[str], body: Sequence[ast.stmt]) -> ast.FunctionDef:
+    """`def name(parameters): body`, made by the parser so that it has the fields of this Python's version."""
+    node = cast(ast.FunctionDef, ast.parse(f"def {name}(): pass").body[0])
+    node.args.args = [ast.arg(parameter) for parameter in parameters]
+    node.body = list(body)
+    return node
+
+
+def in_class(owner: str | None, statement: ast.stmt) -> ast.stmt:
+    """The statement, in the body of a class of that name if there is one."""
+    if owner is None:
+        return statement
+    node = cast(ast.ClassDef, ast.parse(f"class {owner}: pass").body[0])
+    node.body = [statement]
+    return node
 
 
 def refuse_leaving(statements: Sequence[ast.stmt]) -> None:
@@ -61,25 +88,16 @@ def _line(statements: Sequence[ast.stmt]) -> int:
 
 
 def _wrapped(statements: Sequence[ast.stmt], owner: str | None) -> ast.Module:
-    inner = _function("block", (), statements)
-    body = [ast.ClassDef(owner, [], [], [inner], [])] if owner else [inner]
-    if owner and hasattr(body[0], "_fields") and "type_params" in body[0]._fields:
-        body[0].type_params = []  # type: ignore[attr-defined]
-    outer = _function("outer", sorted(_nonlocals(statements, owner)), body)
+    inner = function("block", (), deepcopy(list(statements)))
+    outer = function("outer", sorted(_nonlocals(statements, owner)), [in_class(owner, inner)])
     return ast.fix_missing_locations(ast.Module([outer], []))
 
 
 def _nonlocals(statements: Sequence[ast.stmt], owner: str | None) -> set[str]:
-    nodes = [node for statement in statements for node in ast.walk(statement) if isinstance(node, ast.Nonlocal)]
+    nodes = [
+        node for statement in statements for node in ast.walk(statement) if isinstance(node, ast.Nonlocal)
+    ]
     return {mangled(name, owner) for node in nodes for name in node.names}
-
-
-def _function(name: str, parameters: Sequence[str], body: Sequence[ast.stmt]) -> ast.FunctionDef:
-    """`def name(parameters): body`, made by the parser so that it has the fields of this Python's version."""
-    function = cast(ast.FunctionDef, ast.parse(f"def {name}(): pass").body[0])
-    function.args.args = [ast.arg(parameter) for parameter in parameters]
-    function.body = list(body)
-    return function
 
 
 def _outward(table: symtable.SymbolTable) -> tuple[set[str], set[str]]:

@@ -22,8 +22,8 @@ def skip_body(frame: FrameType) -> None:
     """Make the with-statement that `frame` is entering call `__exit__` in place of running its body.
 
     Call it last in `__enter__`: a debugger or coverage tracer misses the calls made from there on. It is in
-    its place again when `__exit__` is called. `is_skip` recognises the exception that `__exit__` gets and must
-    swallow; where it gets no exception at all, the body was run where it stands.
+    its place again when `__exit__` is called. `is_skip` recognises the exception that `__exit__` gets and
+    must swallow; where it gets no exception at all, the body was run where it stands.
     """
     displaced = sys.gettrace()
     if type(displaced).__name__ == "CTracer":
@@ -56,9 +56,9 @@ class _Shot:
 
     __slots__ = ("_displaced", "_frame", "_lines", "_local", "_opcodes")
 
-    def __init__(self, frame: FrameType, displaced: Tracer | None) -> None:
+    def __init__(self, frame: FrameType, displaced: object) -> None:
         self._frame: FrameType | None = frame
-        self._displaced = displaced
+        self._displaced: Any = displaced
         self._local = frame.f_trace
         self._lines = frame.f_trace_lines
         self._opcodes = frame.f_trace_opcodes

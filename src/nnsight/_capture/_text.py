@@ -3,6 +3,7 @@
 import ast
 from collections.abc import Iterator
 from dataclasses import dataclass
+from typing import Any
 
 from ._errors import CaptureError
 
@@ -37,7 +38,7 @@ class Text:
         """Move a tree with positions in this text to the positions in the user's file."""
         if self.first_line == 1 and not any(self.margins):
             return tree
-        for node in ast.walk(tree):
+        for node in map(_located, ast.walk(tree)):
             if hasattr(node, "lineno"):
                 node.lineno, node.col_offset = self._place(node.lineno, node.col_offset)
             if getattr(node, "end_lineno", None) is not None:
@@ -47,6 +48,11 @@ class Text:
     def _place(self, line: int, column: int) -> tuple[int, int]:
         margin = self.margins[line - 1] if line <= len(self.margins) else 0
         return line + self.first_line - 1, max(column + margin, 0)
+
+
+def _located(node: ast.AST) -> Any:
+    """The node, of which many kinds have a position, but not as a common type."""
+    return node
 
 
 def split_lines(source: str) -> list[str]:
@@ -59,7 +65,8 @@ def cut(text: Text, with_: ast.With, item: int) -> Text:
     lines = text.lines
     part = _body(lines, with_) if item == len(with_.items) - 1 else _rest(lines, with_, item)
     margins = tuple(
-        margin + (text.margins[part.first_line - 1 + i] if text.margins else 0) for i, margin in enumerate(part.margins)
+        margin + (text.margins[part.first_line - 1 + i] if text.margins else 0)
+        for i, margin in enumerate(part.margins)
     )
     part = Text(part.source, part.first_line + text.first_line - 1, margins)
     _check(part, with_, item)
@@ -109,19 +116,21 @@ def _string_lines(tree: ast.AST) -> Iterator[int]:
 
 def _comma(lines: list[str], with_: ast.With, item: int) -> tuple[int, int, int]:
     """Line and column behind the comma after an item, and how many parentheses are open there."""
-    row, column, depth = with_.lineno, with_.col_offset + len("with"), 0
+    start, depth = (with_.lineno, with_.col_offset + len("with")), 0
     for index in range(item + 2):
         node = with_.items[index].context_expr
-        for row, column, char in _between(lines, (row, column), (node.lineno, node.col_offset)):
+        for row, column, char in _between(lines, start, (node.lineno, node.col_offset)):
             depth += {"(": 1, ")": -1}.get(char, 0)
             if char == "," and index == item + 1:
                 return row, column + 1, depth
         last = with_.items[index].optional_vars or node
-        row, column = last.end_lineno or row, last.end_col_offset or column
+        start = (last.end_lineno or 0, last.end_col_offset or 0)
     raise AssertionError("two items of a with-statement have a comma between them")
 
 
-def _between(lines: list[str], start: tuple[int, int], end: tuple[int, int]) -> Iterator[tuple[int, int, str]]:
+def _between(
+    lines: list[str], start: tuple[int, int], end: tuple[int, int]
+) -> Iterator[tuple[int, int, str]]:
     """The characters between two places with no strings in between, without comments."""
     row, column = start
     while row <= end[0]:
@@ -142,6 +151,6 @@ def _check(part: Text, with_: ast.With, item: int) -> None:
         found = []
     if [ast.dump(node) for node in found] != [ast.dump(node) for node in meant]:
         raise CaptureError(
-            f"line {part.first_line}: the text of this with-block cannot be taken out of its file, because of how "
-            "it is laid out. Put the body on lines of its own, indented with spaces or tabs alone."
+            f"line {part.first_line}: the text of this with-block cannot be taken out of its file, because "
+            "of how it is laid out. Put the body on lines of its own, indented with spaces or tabs alone."
         )

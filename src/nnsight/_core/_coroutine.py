@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextvars
+import threading
 from collections.abc import Callable
 from typing import TYPE_CHECKING, cast
 
@@ -17,17 +18,17 @@ if TYPE_CHECKING:
 class Coroutine(greenlet):
     """Runs `main` with its own stack and its own context variables.
 
-    `main` must handle every exception, `GreenletExit` included.  `serves` is the pass whose sites
-    the modules called in this coroutine visit.
+    `main` must handle every exception, `GreenletExit` included.  `serves` is the pass whose places the
+    modules called in this coroutine visit.
     """
 
-    main: Callable[[], None]
+    main: Callable[[], None] | None
     serves: Pass | None = None
+    reusable: bool = False
 
-    def __init__(self, main: Callable[[], None], serves: Pass | None = None) -> None:
+    def __init__(self, main: Callable[[], None]) -> None:
         super().__init__()
         self.main = main
-        self.serves = serves
         self.gr_context = contextvars.copy_context()
 
     def run(self) -> None:
@@ -46,6 +47,7 @@ class Coroutine(greenlet):
 
     def kill(self) -> None:
         """Unwind what runs inside, so that its `finally` blocks run."""
+        self.reusable = False
         if self and not self.dead:
             here = getcurrent()
             if self.parent is not here:
@@ -53,11 +55,47 @@ class Coroutine(greenlet):
             self.throw(GreenletExit)
 
 
+class _Spare(threading.local):
+    """One idle coroutine a thread: a new one costs the kernel's page faults for its stack."""
+
+    coroutine: Coroutine | None = None
+
+
+_spare = _Spare()
+
+
+def borrow(main: Callable[[], None]) -> Coroutine:
+    """A coroutine for `main`, an idle one where this thread has it."""
+    coroutine, _spare.coroutine = _spare.coroutine, None
+    if coroutine is None:
+        coroutine = Coroutine(main)
+    else:
+        coroutine.main = main
+        coroutine.gr_context = contextvars.copy_context()
+    coroutine.reusable = True
+    return coroutine
+
+
+def give_back(coroutine: Coroutine) -> None:
+    """Keep a coroutine whose main has ended for the next `borrow`, or unwind it."""
+    coroutine.serves = None
+    if coroutine.main is None and coroutine.reusable and _spare.coroutine is None and coroutine:
+        coroutine.gr_context = None
+        _spare.coroutine = coroutine
+    else:
+        coroutine.kill()
+
+
 def _run_current() -> None:
     current = cast(Coroutine, getcurrent())
-    main = current.main
-    del current.main  # nothing the coroutine ran stays alive with it
-    main()
+    try:
+        while current.main is not None:
+            current.main()
+            current.main = None  # nothing that ran stays alive with the coroutine
+            if current.reusable:
+                current.hand_over()
+    except GreenletExit:
+        pass
 
 
 _call_above_root = StackRoot(_run_current)

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import weakref
+from types import CodeType, FrameType
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 
 from ..errors import OutOfOrderError
-from ._frames import describe_line, user_line
+from ._frames import Line, describe_line, user_line
 from ._tensors import Snapshot, has_changed, snapshot, tensors_in
 
 if TYPE_CHECKING:
@@ -23,13 +24,13 @@ class Edit(NamedTuple):
     versions: Snapshot
 
 
-class Read(NamedTuple):
-    """A tensor that a block was given, and its version when the model went on."""
+class LateRead(NamedTuple):
+    """A tensor that a second pass gave: changing it in place would change nothing in the model."""
 
     tensor: weakref.ref[torch.Tensor]
     version: int
     path: str
-    line: str = ""
+    line: str
 
     def has_changed(self) -> bool:
         tensor = self.tensor()
@@ -42,12 +43,12 @@ class Edits:
     def __init__(self) -> None:
         self.by_visit: dict[tuple[Any, str, int], Edit] = {}
         self.random_state: torch.Tensor | None = None
-        self.late_reads: list[Read] = []
+        self.late_reads: list[LateRead] = []
         self.keeping = False
         self._untracked = False
         self._inputs: Snapshot = []
-        self._reads: list[Read] = []
-        self._lines: list[str] = []
+        self._reads: list[tuple[weakref.ref[torch.Tensor], int, str]] = []
+        self._lines: list[tuple[CodeType, int, str]] = []
 
     def begin(self, call: Call) -> None:
         """Remember the state the forward starts from."""
@@ -60,20 +61,29 @@ class Edits:
 
     def give(self, visit: Visit, value: Any, path: str) -> None:
         """A block is given `value` at `visit`."""
-        if self.keeping:
+        if type(value) is torch.Tensor and not value.is_inference():
+            versions = [(value, value._version)]
+        else:
             versions = snapshot(value)
             if versions is None:
                 self._untracked = True
-            else:
-                visit.given.append((value, versions, path))
+                return
+        if visit.given is None:
+            visit.given = [(value, versions, path)]
+        else:
+            visit.given.append((value, versions, path))
 
     def leave(self, visit: Visit) -> None:
         """The model goes on from `visit`: record what was done to the value."""
         changed = visit.written
-        for value, versions, path in visit.given:
-            changed = changed or has_changed(value, versions)
-            self._reads += [Read(weakref.ref(t), t._version, path) for t, _ in versions]
-        visit.given.clear()
+        for value, versions, path in visit.given or ():
+            for tensor, version in versions:
+                now = tensor._version
+                changed = changed or now != version
+                self._reads.append((weakref.ref(tensor), now, path))
+            if not (changed or type(value) is torch.Tensor):
+                changed = has_changed(value, versions)
+        visit.given = None
         if changed and self.keeping:
             versions = snapshot(visit.value)
             if versions is None:
@@ -81,14 +91,15 @@ class Edits:
             else:
                 self.by_visit[visit.place, visit.kind, visit.index] = Edit(visit.value, versions)
 
-    def note_write(self, path: str) -> None:
+    def note_write(self, path: str, frame: FrameType | None) -> None:
         """Remember which line assigned to `path`, for the error that may follow from it."""
-        self._lines.append(f"{describe_line(user_line())} assigned {path}")
+        if frame is not None:
+            self._lines.append((frame.f_code, frame.f_lasti, path))
 
     def annotate(self, error: BaseException) -> None:
         """Add to an error of the model which edits preceded it."""
         if self._lines and hasattr(error, "add_note"):
-            latest = "; ".join(self._lines[-3:])
+            latest = "; ".join(f"{_line_of(code, at)} assigned {path}" for code, at, path in self._lines[-3:])
             error.add_note(f"Before this error, your trace edited the model: {latest}.")
 
     def obstacle(self) -> str | None:
@@ -102,16 +113,17 @@ class Edits:
         for edit in self.by_visit.values():
             if has_changed(edit.value, edit.versions):
                 return "an edited value was changed in place since"
-        for read in self._reads:
-            if read.has_changed():
-                return f"the value read at {read.path} was changed in place since"
+        for reference, version, path in self._reads:
+            tensor = reference()
+            if tensor is not None and tensor._version != version:
+                return f"the value read at {path} was changed in place since"
         return None
 
     def note_late_read(self, path: str, value: Any) -> None:
         """Remember a value that a second pass served."""
         line = describe_line(user_line())
         self.late_reads += [
-            Read(weakref.ref(tensor), tensor._version, path, line)
+            LateRead(weakref.ref(tensor), tensor._version, path, line)
             for tensor in tensors_in(value)
             if not tensor.is_inference()
         ]
@@ -133,3 +145,8 @@ class Edits:
         self.late_reads.clear()
         self._inputs = []
         self._reads.clear()
+
+
+def _line_of(code: CodeType, offset: int) -> str:
+    number = next((line for start, end, line in code.co_lines() if start <= offset < end), None)
+    return describe_line(Line(code.co_filename, number or code.co_firstlineno))

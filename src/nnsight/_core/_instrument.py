@@ -71,6 +71,7 @@ class Instruments:
         self._containers: list[Container] = []
         self._always: list[Container] = []
         self._replaced: dict[Module, tuple[Forward, Forward | None]] = {}
+        self._leaves: dict[Module, Forward] = {}
         self._parents: dict[Module, Module | None] = {}
         self._parents_known = False
         self._eager: set[Module] = set()
@@ -111,7 +112,7 @@ class Instruments:
                 return
             for module, (_, previous) in self._replaced.items():
                 _put_back(module, previous)
-            self._replaced.clear()
+            self._replaced = {}
             for container in self._always:
                 if container.slots.get("forward") is container.replacement:
                     del container.slots["forward"]
@@ -120,7 +121,14 @@ class Instruments:
         """Instrument one more module until the run is over; whether it is so from the start of every run."""
         if module in self._eager:
             return True
-        if not _is_ours(vars(module).get("forward")) or id(module) in _orphans:
+        slots = vars(module)
+        if "forward" not in slots and not _borrowed:
+            known = self._leaves.get(module)
+            if known is None:
+                known = self._leaves[module] = make_replacement(module, None)
+            self._replaced[module] = (known, None)
+            slots["forward"] = known
+        elif not _is_ours(slots.get("forward")) or id(module) in _orphans:
             with _lock:
                 self._replace_own(module)
         return False

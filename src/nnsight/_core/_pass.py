@@ -5,11 +5,11 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
-from greenlet import GreenletExit
+from greenlet import GreenletExit, getcurrent, greenlet
 from torch.nn import Module
-from torch.nn.modules import module as torch_module
+from torch.nn.modules.module import _global_forward_hooks
 
-from ._coroutine import Coroutine
+from ._coroutine import Coroutine, borrow, give_back
 from ._modes import Modes, capture_modes, is_inference, switch_modes, with_inference
 from ._visit import INPUT, OUTPUT, RESULT, STEP, Request, Visit
 
@@ -26,6 +26,33 @@ class Pass:
     `missed()` when places that were wanted may have been passed.
     """
 
+    __slots__ = (
+        "_all_counted",
+        "_borrowed_inference",
+        "_call",
+        "_coroutine",
+        "_counted",
+        "_driver",
+        "_instruments",
+        "_missed",
+        "_modes",
+        "_overrides",
+        "_serve",
+        "_step_counts",
+        "_stepper",
+        "closing",
+        "counts",
+        "done",
+        "error",
+        "guards",
+        "here",
+        "learning",
+        "running",
+        "step",
+        "wanted_inputs",
+        "wanted_outputs",
+    )
+
     def __init__(
         self,
         call: Callable[[], Any],
@@ -37,72 +64,73 @@ class Pass:
         missed: Callable[[], None],
     ) -> None:
         self.here: Visit | None = None
-        self.done = False
-        self.closing = False
+        self.done = self.closing = self.learning = False
         self.error: BaseException | None = None
         self.step = -1
         self.counts: dict[Any, int] = {}
         self.running: list[Any] = []
-        self.wanted: dict[Any, int] = {}
+        self.wanted_inputs: dict[Any, int] = {}
+        self.wanted_outputs: dict[Any, int] = {}
         self.guards: dict[Any, set[Module]] = {}
-        self.learning = False
         self._step_counts: dict[Any, int] = {}
+        self._counted: set[Module] = set()
+        self._all_counted = self._borrowed_inference = False
         self._call = call
         self._instruments = instruments
         self._stepper = stepper
         self._modes = modes
-        self._borrowed_inference = False
         self._overrides = overrides
         self._serve = serve
         self._missed = missed
-        self._counted: set[Module] = set()
-        self._all_counted = False
         self._coroutine: Coroutine | None = None
+        self._driver: greenlet | None = None
 
     # --- driven from outside -------------------------------------------------------------------------
 
     def advance(self) -> None:
         """Run the model until `pause` is called in it, or it ends."""
-        if self._coroutine is None:
-            self._coroutine = Coroutine(self._main, serves=self)
-        body = capture_modes()
-        model = self._modes
-        if self._borrowed_inference:
-            switch_modes(body, model)
-            body = with_inference(body, False)
-        elif body is not model:
-            switch_modes(body, model)
-        self._coroutine.resume()
-        self._modes = model = capture_modes()
-        self._borrowed_inference = False
+        coroutine = self._coroutine
+        if coroutine is None:
+            coroutine = self._coroutine = borrow(self._main)
+            coroutine.serves = self
+        here = getcurrent()
+        if self._driver is not here:
+            self._driver = coroutine.parent = here
+        body, model = capture_modes(), self._modes
         if body is not model:
-            # Inference tensors can be edited only in inference mode: the body borrows it while it holds them.
-            if is_inference(model) and not is_inference(body) and not self.done:
-                self._borrowed_inference = True
-                body = with_inference(body, True)
-            switch_modes(model, body)
+            switch_modes(body, model)
+        coroutine.switch()
+        self._modes = model = capture_modes()
+        if body is not model:
+            self._restore_body(body, model)
+
+    def _restore_body(self, body: Modes, model: Modes) -> None:
+        # Inference tensors can be edited only in inference mode: the body borrows it while it holds them.
+        if self._borrowed_inference:
+            body = with_inference(body, False)
+        self._borrowed_inference = is_inference(model) and not is_inference(body) and not self.done
+        switch_modes(model, with_inference(body, True) if self._borrowed_inference else body)
 
     def close(self) -> None:
         """Unwind the model where it stands."""
         self.closing = True
         coroutine, self._coroutine = self._coroutine, None
-        if coroutine is None:
-            return
-        body = capture_modes()
-        if self._borrowed_inference:
-            body = with_inference(body, False)
-            self._borrowed_inference = False
-        coroutine.kill()
-        switch_modes(capture_modes(), body)
+        if coroutine is not None:
+            body = capture_modes()
+            give_back(coroutine)
+            if self._borrowed_inference:
+                switch_modes(capture_modes(), with_inference(body, False))
+            else:
+                switch_modes(capture_modes(), body)
         self._call = self._serve = self._missed = _nothing
-        self.here = None
+        self.here = self._driver = None
 
     # --- called in the model's coroutine -------------------------------------------------------------
 
     def pause(self) -> None:
         """Let whoever advanced this pass go on."""
-        assert self._coroutine is not None
-        self._coroutine.hand_over()
+        assert self._driver is not None
+        self._driver.switch()
 
     def call(self, place: Any, plain: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         """Call a module or an operation that may be wanted."""
@@ -113,11 +141,9 @@ class Pass:
         counts[place] = index + 1
         if place is self._stepper:
             self._begin_step()
-        wanted = self.wanted
-        running = self.running
-        running.append(place)
+        self.running.append(place)
         try:
-            if place in wanted:
+            if place in self.wanted_inputs:
                 visit = self._visit(place, INPUT, (args, kwargs), index)
                 if visit.skipped:
                     return self._leave(place, visit.value, index, args, kwargs)
@@ -125,30 +151,25 @@ class Pass:
             if self._overrides and place in self._overrides:
                 plain = self._overrides[place](plain)
             result = plain(*args, **kwargs)
-            if place in wanted or place in self.guards:
+            if place in self.wanted_outputs or place in self.guards:
                 return self._leave(place, result, index, args, kwargs)
             return result
         finally:
-            running.pop()
+            self.running.pop()
 
     def touch(self, place: Any, value: Any) -> Any:
         """Let a value appear at a place that is not a call; returns it as edited."""
         index = self.counts.get(place, 0)
         self.counts[place] = index + 1
-        return self._visit(place, OUTPUT, value, index).value if place in self.wanted else value
+        return self._visit(place, OUTPUT, value, index).value if place in self.wanted_outputs else value
 
     def _leave(
         self, place: Any, result: Any, index: int, args: tuple[Any, ...], kwargs: dict[str, Any]
     ) -> Any:
-        if isinstance(place, Module) and (place._forward_hooks or torch_module._global_forward_hooks):
+        if place._forward_hooks or _global_forward_hooks:
             self._leave_after_hooks(place, index, args, kwargs)
             return result
-        return self._leave_now(place, result, index, args, kwargs)
-
-    def _leave_now(
-        self, place: Any, result: Any, index: int, args: tuple[Any, ...], kwargs: dict[str, Any]
-    ) -> Any:
-        if place in self.wanted:
+        if place in self.wanted_outputs:
             result = self._visit(place, OUTPUT, result, index, (args, kwargs)).value
         if place in self.guards:
             self._pass_by_children(place)
@@ -159,22 +180,23 @@ class Pass:
     ) -> None:
         # The user's own hooks may change the output: what the next module gets is what they leave.
         def last(_module: Module, _args: Any, result: Any) -> Any:
-            if handle is not None and self._coroutine is not None and self._coroutine.is_current():
-                handle.remove()
-                return self._leave_now(module, result, index, args, kwargs)
-            return None
+            if getcurrent() is not self._coroutine:
+                return None
+            handle.remove()
+            if module in self.wanted_outputs:
+                result = self._visit(module, OUTPUT, result, index, (args, kwargs)).value
+            if module in self.guards:
+                self._pass_by_children(module)
+            return result
 
-        handle = None
         handle = module.register_forward_hook(last)
 
     def _visit(self, place: Any, kind: str, value: Any, index: int, inputs: Any = None) -> Visit:
-        visit = Visit(place, kind, value, index, max(self.step, 0), index - self._step_counts.get(place, 0))
-        visit.inputs = inputs
-        outer, self.here = self.here, visit
-        try:
-            self._serve(visit)
-        finally:
-            self.here = outer
+        step, outer = self.step, self.here
+        call = index - self._step_counts.get(place, 0) if step > 0 else index
+        visit = self.here = Visit(place, kind, value, index, step if step > 0 else 0, call, inputs)
+        self._serve(visit)
+        self.here = outer
         return visit
 
     def _begin_step(self) -> None:
@@ -185,9 +207,9 @@ class Pass:
             stepper = self._stepper
             self._step_counts = dict(self.counts)
             self._step_counts[stepper] -= 1
-            if self.wanted:
+            if self.wanted_inputs or self.wanted_outputs:
                 self._missed()
-        if STEP in self.wanted:
+        if STEP in self.wanted_outputs:
             self.touch(STEP, self.step)
 
     def _main(self) -> None:
@@ -202,6 +224,8 @@ class Pass:
             pass
         except BaseException as error:
             self.error = error
+            if self._coroutine is not None:
+                self._coroutine.reusable = False
         finally:
             self.done = True
             self.here = None
@@ -210,16 +234,17 @@ class Pass:
 
     def want(self, request: Request) -> None:
         """Stand still at the places `request` asks for, until `unwant`."""
+        wanted = self.wanted_inputs if request.kind == INPUT else self.wanted_outputs
         place = request.place
-        self.wanted[place] = self.wanted.get(place, 0) + 1
+        wanted[place] = wanted.get(place, 0) + 1
 
     def unwant(self, request: Request) -> None:
         """Undo one `want`."""
+        wanted = self.wanted_inputs if request.kind == INPUT else self.wanted_outputs
         place = request.place
-        if self.wanted[place] == 1:
-            del self.wanted[place]
-        else:
-            self.wanted[place] -= 1
+        count = wanted.pop(place)
+        if count > 1:
+            wanted[place] = count - 1
 
     def learn(self) -> None:
         """Count every module in this pass, to know which leaves are called otherwise than their parents."""
@@ -256,6 +281,8 @@ class Pass:
     def has_passed(self, request: Request) -> bool:
         """Whether the occurrence that `request` asks for is over."""
         place = request.place
+        if request.step is None and place not in self.counts:
+            return False
         count = self.counts.get(place, 0) if request.kind == INPUT else self.ended(place)
         if request.step is None:
             return count > request.call

@@ -57,8 +57,8 @@ class Replay:
         self._pass = Pass(
             run.call, run.instruments, run.stepper, run.modes, run.overrides, self._serve, self._missed
         )
-        for place, _, _ in run.edits.by_visit:
-            self._pass.wanted[place] = self._pass.wanted.get(place, 0) + 1
+        for place, kind, _ in run.edits.by_visit:
+            self._pass.want(Request(place, kind, "", None, 0))
         return self._pass
 
     def _advance(self, current: Pass, request: Request) -> Visit | None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from types import FrameType
 from typing import Any
 
 import torch
@@ -11,6 +12,7 @@ from torch.nn import Module
 from ..config import CONFIG
 from ..errors import OutOfOrderError, StoppedError, WaitError
 from ._edits import Edits
+from ._frames import user_frame
 from ._instrument import Instruments
 from ._modes import capture_modes
 from ._order import explain_late
@@ -135,11 +137,12 @@ class Run:
         request = worker.request_for(place, kind, path)
         main = self.main or self.start()
         here = main.here
-        if here is not None and here.is_occurrence(request):
+        if here is not None and here.place is place and here.is_occurrence(request):
             if here.kind == kind or (kind == INPUT and not write):
                 return here
-        self._check_usable(worker)
-        if isinstance(place, Module):
+        if worker.stopped or self.edits.late_reads:
+            self._check_usable(worker)
+        if not place._modules:
             main.watch(place)
         if not (main.done or main.has_passed(request)):
             self._park(worker, request)
@@ -159,15 +162,15 @@ class Run:
             self.edits.give(visit, value, path)
         return visit, value
 
-    def change(self, visit: Visit, value: Any, path: str) -> None:
+    def change(self, visit: Visit, value: Any, path: str, frame: FrameType | None = None) -> None:
         """Change the value at a visit where the model still stands."""
         if self.over or self.main is None or self.main.here is not visit:
             raise OutOfOrderError(
                 f"Value was missed: {path} can only be assigned while the model stands there; it has gone on since."
             )
-        visit.value = as_native(value)
+        visit.value = value if type(value) is torch.Tensor else as_native(value)
         visit.written = True
-        self.edits.note_write(path)
+        self.edits.note_write(path, frame or user_frame())
 
     def skip(self, worker: Worker, place: Any, path: str, value: Any) -> None:
         """Let `value` stand for the call that is about to happen at a place."""
@@ -257,12 +260,13 @@ class Run:
 
     def _serve(self, visit: Visit) -> None:
         """In the model's coroutine: let everybody run who waits for this visit, in the order written."""
+        workers = self.workers
         going = True
         while going:
             going = False
-            for worker in self.workers:
+            for worker in workers:
                 while worker.is_ready(visit):
-                    going = True
+                    going = len(workers) > 1
                     self._let_run(worker)
         if visit.written or visit.given:
             self.edits.leave(visit)

@@ -17,6 +17,9 @@ class Place:
 
     __slots__ = ("__weakref__", "name")
 
+    _forward_hooks = ()
+    _modules = ()
+
     def __init__(self, name: str) -> None:
         self.name = name
 
@@ -62,23 +65,24 @@ class Visit:
         "written",
     )
 
-    def __init__(self, place: Any, kind: str, value: Any, index: int, step: int, call: int) -> None:
+    def __init__(
+        self, place: Any, kind: str, value: Any, index: int, step: int, call: int, inputs: Any = None
+    ) -> None:
         self.place = place
         self.kind = kind
         self.value = value
         self.index = index
         self.step = step
         self.call = call
-        self.inputs: tuple[tuple[Any, ...], dict[str, Any]] | None = None
-        self.given: list[tuple[Any, Snapshot, str]] = []
+        self.inputs = inputs
+        self.given: list[tuple[Any, Snapshot, str]] | None = None
         self.views: dict[tuple[Worker, str], Any] | None = None
         self.written = False
         self.skipped = False
 
     def is_occurrence(self, request: Request) -> bool:
         """Whether this is the call that `request` asks about, at its input or its output."""
-        if self.place is not request.place:
+        place, _, _, step, call = request
+        if self.place is not place:
             return False
-        if request.step is None:
-            return self.index == request.call
-        return self.step == request.step and self.call == request.call
+        return self.index == call if step is None else self.step == step and self.call == call

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import inspect
+import sys
 from collections.abc import Iterator
 from typing import Any, overload
 
@@ -33,6 +34,7 @@ class Envoy:
         self._path = path
         self._tree = tree
         self._children: dict[str, Envoy] = {}
+        self._indexed: dict[int, tuple[str, Envoy]] = {}
 
     # --- values ----------------------------------------------------------------------------------------------
 
@@ -49,26 +51,37 @@ class Envoy:
             OutOfOrderError: The module has already run, and a second pass cannot serve the read.
             NeverRanError: The module does not run in this forward.
         """
-        return self._tree.read(self._module, self._path, OUTPUT)
+        tree, module = self._tree, self._module
+        worker = tree.worker(self._path, OUTPUT)
+        if tree.before_request is not None:
+            tree.before_request(worker, module, self._path)
+        visit, value = worker.run.read(worker, module, OUTPUT, self._path)
+        if type(value) is torch.Tensor and tree.plain_tensors:
+            return value
+        return tree.show(worker, visit, module, self._path, value)
 
     @output.setter
     def output(self, value: Any) -> None:
-        self._tree.write(self._module, self._path, OUTPUT, value)
+        self._tree.write(self._module, self._path, OUTPUT, value, sys._getframe(1))
 
     @property
     def inputs(self) -> tuple[tuple[Any, ...], dict[str, Any]]:
         """What the module is called with: `(args, kwargs)`; waits until it is called."""
-        return self._tree.read(self._module, self._path, INPUT)
+        tree, module = self._tree, self._module
+        worker = tree.worker(self._path, INPUT)
+        if tree.before_request is not None:
+            tree.before_request(worker, module, self._path)
+        return worker.run.read(worker, module, INPUT, self._path)[1]
 
     @inputs.setter
     def inputs(self, value: tuple[tuple[Any, ...], dict[str, Any]]) -> None:
         args, kwargs = value
-        self._tree.write(self._module, self._path, INPUT, (tuple(args), dict(kwargs)))
+        self._tree.write(self._module, self._path, INPUT, (tuple(args), dict(kwargs)), sys._getframe(1))
 
     @property
     def input(self) -> Any:
         """The first argument the module is called with; waits until it is called."""
-        return first_input(self._tree.read(self._module, self._path, INPUT), self._path)
+        return first_input(self.inputs, self._path)
 
     @input.setter
     def input(self, value: Any) -> None:
@@ -165,12 +178,17 @@ class Envoy:
         if isinstance(index, slice):
             return [self[name] for name in list(names)[index]]
         if isinstance(index, int):
+            known = self._indexed.get(index)
+            if known is not None and names.get(known[0]) is known[1]._module:
+                return known[1]
             position = index + len(names) if index < 0 else index
             child = self._child(str(position))
             if child is None and 0 <= position < len(names):
                 child = self._child(list(names)[position])
             if child is None:
                 raise IndexError(f"{self._path} has {len(names)} submodules; there is none at index {index}.")
+            if index >= 0:
+                self._indexed[index] = (child._path.rpartition(".")[2], child)
             return child
         child = self._child(index)
         if child is None:

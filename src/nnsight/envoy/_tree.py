@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import difflib
 from collections.abc import Callable, Iterable
+from types import FrameType
 from typing import TYPE_CHECKING, Any
 
 from torch.nn import Module
 
-from .._core import INPUT, OUTPUT, Instruments, Visit, Worker, active, as_assignable
+from .._core import OUTPUT, Instruments, Visit, Worker, active, as_assignable
 from ..errors import EditError, NotTracingError, UnknownPathError
 
 if TYPE_CHECKING:
@@ -28,6 +29,7 @@ class Tree:
         self.root = root
         self.instruments = Instruments.of(root)
         self.present: Present = present_plainly
+        self.plain_tensors = True
         self.accept: Callable[[Module, Any, Any], Any] | None = None
         self.before_request: Callable[[Worker, Module, str], None] | None = None
 
@@ -52,22 +54,16 @@ class Tree:
 
     # --- values ------------------------------------------------------------------------------------------
 
-    def read(self, module: Module, path: str, kind: str) -> Any:
-        """The value at a module, as the block sees it."""
-        worker = self.worker(path, kind)
+    def show(self, worker: Worker, visit: Visit, module: Module, path: str, value: Any) -> Any:
+        """A module's output as the block sees it."""
         run = worker.run
-        if self.before_request is not None:
-            self.before_request(worker, module, path)
-        visit, value = run.read(worker, module, kind, path)
-        if kind == INPUT:
-            return value
 
         def write(changed: Any) -> None:
             run.change(visit, changed, f"{path}.{OUTPUT}")
 
         return self.present(module, value, write)
 
-    def write(self, module: Module, path: str, kind: str, value: Any) -> None:
+    def write(self, module: Module, path: str, kind: str, value: Any, frame: FrameType) -> None:
         """Put `value` at a module."""
         worker = self.worker(path, kind)
         if self.before_request is not None:
@@ -75,7 +71,7 @@ class Tree:
         visit = worker.run.reach(worker, module, kind, path, write=True)
         if self.accept is not None and kind == OUTPUT:
             value = self.accept(module, visit.value, value)
-        worker.run.change(visit, value, f"{path}.{kind}")
+        worker.run.change(visit, value, f"{path}.{kind}", frame)
 
 
 def present_plainly(_module: Module, value: Any, write: Callable[[Any], None]) -> Any:

@@ -1,4 +1,4 @@
-"""What is known of one function: its text, its operations, and its code with a dispatch in place of the calls."""
+"""What is known of one function: its text, its operations, and its code that routes them to a dispatch."""
 
 from __future__ import annotations
 
@@ -80,5 +80,5 @@ def _examine(function: FunctionType) -> FunctionSource:
         lines=text.lines,
         operations=MappingProxyType(operations),
         code=code,
-        instrumented=compile_in_place(text.definition, function),
+        instrumented=compile_in_place(text, function),
     )

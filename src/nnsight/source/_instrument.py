@@ -45,13 +45,13 @@ def instrument(function: Any, dispatch: Dispatch, *, unwrap: bool = True) -> Fun
     forward = instrument(model.lm_head, dispatch)
     ```
 
-    Decorators around the function are copied, not run again; the function, its globals and its closure cells are
-    shared, not changed.
+    Decorators around the function are copied, not run again; the function is not changed, and the copy shares
+    its globals and closure cells.
 
     Args:
         function: As for `analyse`; for a module the result is a bound ``forward``.
-        dispatch: Called with the operation's name, the callee, its positional and its keyword arguments; what it
-            returns is the operation's result.
+        dispatch: Called with the operation's name, the callee, its positional and its keyword arguments;
+            what it returns is the operation's result.
         unwrap: As for `analyse`.
 
     Returns:

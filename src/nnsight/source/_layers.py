@@ -1,7 +1,7 @@
 """What is around a function: bound methods, partials and decorators, taken off and put on again.
 
-Decorators are never run again. A wrapper is copied with the closure cell that holds the inner function replaced; one
-that reaches the inner function some other way (an attribute, a global) has its own calls watched for it.
+Decorators are never run again. A wrapper is copied with the closure cell that holds the inner function
+replaced; one that reaches it some other way (an attribute, a global) has its own calls watched for it.
 """
 
 from __future__ import annotations
@@ -17,11 +17,16 @@ from nnsight.errors import SourceError
 
 Function = Callable[..., Any]
 DEEPEST = 64
+# From Python 3.14 on, reading the annotations would evaluate them.
+ANNOTATIONS = "__annotate__" if hasattr(FunctionType, "__annotate__") else "__annotations__"
+GENERIC = ("__type_params__",) if hasattr(FunctionType, "__type_params__") else ()
+COPIED = ("__kwdefaults__", "__qualname__", "__module__", "__doc__", ANNOTATIONS, *GENERIC)
+BUILT_IN = ("builtin_function_or_method", "method_descriptor", "wrapper_descriptor", "method-wrapper")
 
 NO_SOURCE = "{what} has no Python source; its inputs and output are still available at the calling operation"
 NOT_OPEN = (
-    "{what} wraps a function in a way that cannot be followed: only Python functions, bound methods and functools.partial"
-    " can be copied with another function inside. Instrument {what}.__wrapped__ instead"
+    "{what} wraps a function in a way that cannot be followed: only Python functions, bound methods and"
+    " functools.partial can be copied with another function inside. Instrument {what}.__wrapped__ instead"
 )
 
 
@@ -38,7 +43,7 @@ def layers(function: Any, unwrap: bool = True) -> list[Function]:
 
 
 def callable_of(function: Any) -> Function:
-    """What runs when a module or another object is called: a module's ``forward``, an object's ``__call__``."""
+    """What runs when an object is called: a module's ``forward``, another object's ``__call__``."""
     if isinstance(function, nn.Module):
         return function.forward
     if isinstance(function, FunctionType | MethodType | partial | type) or hasattr(function, "__wrapped__"):
@@ -70,16 +75,8 @@ def same(one: Any, other: Any) -> bool:
 def copy_function(function: FunctionType, code: CodeType, cells: tuple[CellType, ...]) -> FunctionType:
     """The same function, with other code or other cells."""
     new = FunctionType(code, function.__globals__, function.__name__, function.__defaults__, cells)
-    new.__kwdefaults__ = function.__kwdefaults__
-    new.__qualname__ = function.__qualname__
-    new.__module__ = function.__module__
-    new.__doc__ = function.__doc__
-    if hasattr(function, "__annotate__"):  # from Python 3.14 on; reading the annotations would evaluate them
-        new.__annotate__ = function.__annotate__  # pyright: ignore[reportAttributeAccessIssue, reportFunctionMemberAccess]
-    else:
-        new.__annotations__ = function.__annotations__
-    if hasattr(function, "__type_params__"):  # from Python 3.12 on
-        new.__type_params__ = function.__type_params__
+    for attribute in COPIED:
+        setattr(new, attribute, getattr(function, attribute))
     new.__dict__.update(function.__dict__)
     return new
 
@@ -139,16 +136,7 @@ def _replace_cell(cell: CellType, inner: Function, new: Function, within: tuple[
 
 
 def _refusal(function: Any) -> str:
+    name, kind = name_of(function), type(function).__name__
     if isinstance(function, type):
-        return f"{name_of(function)} is a class, not a function; its arguments and the object are still available"
-    built_in = type(function).__name__ in (
-        "builtin_function_or_method",
-        "method_descriptor",
-        "wrapper_descriptor",
-    )
-    what = (
-        f"<built-in {name_of(function)}>"
-        if built_in
-        else f"{name_of(function)}, a {type(function).__name__},"
-    )
-    return NO_SOURCE.format(what=what)
+        return f"{name} is a class, not a function; its arguments and the object are still available"
+    return NO_SOURCE.format(what=f"<built-in {name}>" if kind in BUILT_IN else f"{name}, a {kind},")

@@ -32,7 +32,8 @@ Definition = ast.FunctionDef | ast.AsyncFunctionDef
 class Operation:
     """One call in a function's body.
 
-    ``line`` (the function's first is 1) and ``column`` say where its argument list opens, ``end`` is its last line.
+    ``line`` (the function's first is 1) and ``column`` say where its argument list opens; ``end`` is its
+    last line.
     """
 
     name: str

@@ -1,6 +1,7 @@
 """Calls rewritten so that a dispatch makes them.
 
-``f(a, k=b)`` becomes ``DISPATCH("f_0", f, (a,), {"k": b})``, which evaluates the same expressions in the same order.
+``f(a, k=b)`` becomes ``DISPATCH("f_0", f, (a,), {"k": b})``, which evaluates the same expressions in the same
+order.
 DISPATCH is a free variable of the function: neither its globals nor its local variables gain a name.
 """
 
@@ -47,7 +48,9 @@ def _keywords(keywords: list[ast.keyword]) -> ast.expr:
         collected = "keywords"
         parameters = ast.arguments([], [], None, [], [], ast.arg(collected), [])
         return ast.Call(ast.Lambda(parameters, _load(collected)), [], keywords)
-    names = [ast.Constant(keyword.arg) if keyword.arg else None for keyword in keywords]
+    names: list[ast.expr | None] = [
+        ast.Constant(keyword.arg) if keyword.arg else None for keyword in keywords
+    ]
     return ast.Dict(names, [keyword.value for keyword in keywords])
 
 
