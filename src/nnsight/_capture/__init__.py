@@ -5,7 +5,8 @@ from ._capture import capture as capture
 from ._errors import CaptureError as CaptureError
 from ._program import bind as bind
 from ._scope import Scope as Scope
+from ._skip import forget_skip as forget_skip
 from ._skip import is_skip as is_skip
 from ._skip import skip_body as skip_body
 
-__all__ = ["Block", "CaptureError", "Scope", "bind", "capture", "is_skip", "skip_body"]
+__all__ = ["Block", "CaptureError", "Scope", "bind", "capture", "forget_skip", "is_skip", "skip_body"]

@@ -40,7 +40,7 @@ class _Flow:
 
     def _statement(self, node: ast.stmt) -> list[ast.stmt]:
         before = _calls(WAIT, self._waited_before(node), node)
-        if isinstance(node, DEFINITIONS) or not _suites(node):
+        if isinstance(node, DEFINITIONS) or not (_suites(node) or isinstance(node, ast.Match)):
             after = self._bound([node])
         else:
             after = self._bound(_headers(node))

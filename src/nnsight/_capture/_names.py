@@ -58,7 +58,8 @@ def mangled(name: str, owner: str | None) -> str:
 
 def function(name: str, parameters: Sequence[str], body: Sequence[ast.stmt]) -> ast.FunctionDef:
     """`def name(parameters): body`, made by the parser so that it has the fields of this Python's version."""
-    node = cast(ast.FunctionDef, ast.parse(f"def {name}(): pass").body[0])
+    node = cast(ast.FunctionDef, ast.parse("def name(): pass").body[0])
+    node.name = name
     node.args.args = [ast.arg(parameter) for parameter in parameters]
     node.body = list(body)
     return node

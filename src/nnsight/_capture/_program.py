@@ -12,6 +12,7 @@ from ._errors import CaptureError
 from ._flow import ANNOUNCE, WAIT, connect
 from ._names import function, in_class
 from ._scope import SCOPE, Scope
+from ._skip import forget_skip
 
 # Names that a user cannot write
 VALUE, BIND = ".value", ".bind"
@@ -45,7 +46,11 @@ def bind(
     body = FunctionType(code, scope.globals, None, None, closure)
 
     def run(target_value: Any = NO_TARGET) -> None:
-        body(scope, wait, announce, target_value, target_value is not NO_TARGET)
+        try:
+            body(scope, wait, announce, target_value, target_value is not NO_TARGET)
+        except BaseException as error:
+            forget_skip(error)
+            raise
 
     return run
 
@@ -83,8 +88,8 @@ def _module(
         body.append(ast.Global(names))
     target = block.target_statement()
     if target is not None:
-        target.value = ast.copy_location(ast.Name(VALUE, ast.Load()), target)
         bound = connect([target], block.owner, waits, announces)
+        target.value = ast.copy_location(ast.Name(VALUE, ast.Load()), target)
         body.append(ast.If(ast.Name(BIND, ast.Load()), bound, []))
     body += connect(block.statements(), block.owner, waits, announces)
     inner = function(INNER, (SCOPE, WAIT, ANNOUNCE, VALUE, BIND), [])

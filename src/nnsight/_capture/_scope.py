@@ -37,12 +37,12 @@ class Scope:
     def variables(self, block: Block) -> frozenset[str]:
         """Those of the block's names that have cells here; the others are global or built in."""
         names = (block.names_read | block.names_bound) - block.names_global
-        own = names & self._cells.keys()
+        own = names.intersection(self._cells)
         if self._outer is not None:
             return own | self._outer.variables(block)
         if self._known is not None:
             return names & self._known
-        return own | block.names_bound - block.names_global | names & self._locals().keys()
+        return own | names.intersection(block.names_bound) | names.intersection(self._locals())
 
     def cell(self, name: str) -> CellType:
         """The cell of a variable."""

@@ -38,6 +38,15 @@ def is_skip(exc_type: type[BaseException] | None) -> bool:
     return exc_type is not None and issubclass(exc_type, _Skip)
 
 
+def forget_skip(error: BaseException) -> None:
+    """Take the skip out of what an exception was raised during; `__exit__` runs during the skip."""
+    while error.__context__ is not None:
+        if isinstance(error.__context__, _Skip):
+            error.__context__ = None
+            return
+        error = error.__context__
+
+
 def _ignore(frame: FrameType, event: str, arg: object) -> None:
     return None
 

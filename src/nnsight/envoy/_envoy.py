@@ -213,6 +213,15 @@ class Envoy:
     def __repr__(self) -> str:
         return repr(self._module)
 
+    def _rebind(self, module: Module) -> None:
+        """Stand for `module` from now on, and let the envoys below follow."""
+        self._module = module
+        self._indexed.clear()
+        for name, child in self._children.items():
+            below = module._modules.get(name)
+            if below is not None:
+                child._rebind(below)
+
     # --- calls -----------------------------------------------------------------------------------------------
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:

@@ -99,9 +99,14 @@ def with_first_input(visit: Visit, value: Any) -> tuple[tuple[Any, ...], dict[st
 
 def unknown(envoy: Envoy, name: str, names: Iterable[str]) -> UnknownPathError:
     """The error for a name that a module does not have, with the nearest ones it has."""
-    known = sorted(set(names))
-    close = difflib.get_close_matches(name, known, n=3, cutoff=0.5) or known[:8]
-    hint = f" The closest are: {', '.join(close)}." if close else " It has no submodules."
+    children = list(envoy._module._modules)
+    close = difflib.get_close_matches(name, sorted({*children, *names}), n=3, cutoff=0.6)
+    if close:
+        hint = f" The closest are: {', '.join(close)}."
+    elif children:
+        hint = f" Its submodules are: {', '.join(children[:12])}{', …' if len(children) > 12 else ''}."
+    else:
+        hint = " It has no submodules."
     return UnknownPathError(f"{envoy.path} ({type(envoy._module).__name__}) has no {name!r}.{hint}")
 
 

@@ -1,3 +1,4 @@
 """Models: how each kind is loaded, fed and shown."""
 
 from ._base import NNsight as NNsight
+from ._language import LanguageModel as LanguageModel

@@ -4,10 +4,10 @@ An *operation* is a call that the function makes in its own body: the bodies of 
 classes are not part of it, comprehensions are. Nothing here changes the function or the module it belongs to.
 """
 
-from nnsight.source._function import FunctionSource as FunctionSource
-from nnsight.source._instrument import Dispatch as Dispatch
-from nnsight.source._instrument import analyse as analyse
-from nnsight.source._instrument import instrument as instrument
-from nnsight.source._operations import Operation as Operation
+from ._function import FunctionSource as FunctionSource
+from ._instrument import Dispatch as Dispatch
+from ._instrument import analyse as analyse
+from ._instrument import instrument as instrument
+from ._operations import Operation as Operation
 
 __all__ = ["Dispatch", "FunctionSource", "Operation", "analyse", "instrument"]

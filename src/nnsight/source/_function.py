@@ -9,10 +9,12 @@ from dataclasses import dataclass, field
 from types import CodeType, FunctionType, MappingProxyType
 
 from nnsight.errors import SourceError
-from nnsight.source._definition import compile_in_place, read
-from nnsight.source._operations import Operation, describe, named_calls
-from nnsight.source._render import render, render_around
-from nnsight.source._rewrite import rewrite
+
+from ._compile import compile_in_place, qualified_name
+from ._operations import Operation, describe, named_calls
+from ._render import render, render_around
+from ._rewrite import rewrite
+from ._text import read
 
 LIMIT = 512  # functions remembered
 
@@ -74,11 +76,11 @@ def _examine(function: FunctionType) -> FunctionSource:
     operations = {name: describe(name, call, code.co_firstlineno) for name, call in calls.items()}
     rewrite(text.definition)
     return FunctionSource(
-        name=getattr(code, "co_qualname", function.__qualname__),
+        name=qualified_name(function),
         file=code.co_filename,
         first_line=code.co_firstlineno,
         lines=text.lines,
         operations=MappingProxyType(operations),
         code=code,
-        instrumented=compile_in_place(text, function),
+        instrumented=compile_in_place(text.definition, function, text.imported),
     )

@@ -6,9 +6,9 @@ from collections.abc import Callable
 from types import CellType, FunctionType
 from typing import Any, cast
 
-from nnsight.source._function import FunctionSource, source_of
-from nnsight.source._layers import Function, copy_function, layers, same, with_inner
-from nnsight.source._rewrite import DISPATCH
+from ._function import FunctionSource, source_of
+from ._layers import Function, copy_function, layers, same, with_inner
+from ._rewrite import DISPATCH
 
 Dispatch = Callable[[str, Function, tuple[Any, ...], dict[str, Any]], Any]
 

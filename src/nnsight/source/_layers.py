@@ -17,6 +17,7 @@ from nnsight.errors import SourceError
 
 Function = Callable[..., Any]
 DEEPEST = 64
+NESTED = 3  # closures searched within closures
 # From Python 3.14 on, reading the annotations would evaluate them.
 ANNOTATIONS = "__annotate__" if hasattr(FunctionType, "__annotate__") else "__annotations__"
 GENERIC = ("__type_params__",) if hasattr(FunctionType, "__type_params__") else ()
@@ -106,11 +107,18 @@ def _replace(value: Any, inner: Function, new: Function, within: tuple[Any, ...]
         function = _replace(value.__func__, inner, new, within)
         return value if function is value.__func__ else MethodType(function, value.__self__)
     if isinstance(value, partial):
-        function = _replace(value.func, inner, new, within)
-        return value if function is value.func else partial(function, *value.args, **value.keywords)
-    if isinstance(value, FunctionType) and value.__closure__ and not any(value is one for one in within):
+        return _replace_in_partial(value, inner, new, within)
+    if isinstance(value, FunctionType) and value.__closure__ and len(within) < NESTED and value not in within:
         return _replace_cells(value, inner, new, (*within, value))
     return value
+
+
+def _replace_in_partial(value: partial[Any], inner: Function, new: Function, within: tuple[Any, ...]) -> Any:
+    function = _replace(value.func, inner, new, within)
+    args = [new if same(argument, inner) else argument for argument in value.args]
+    keywords = {name: new if same(argument, inner) else argument for name, argument in value.keywords.items()}
+    parts = zip((function, *args, *keywords.values()), (value.func, *value.args, *value.keywords.values()), strict=True)
+    return value if all(part is old for part, old in parts) else partial(function, *args, **keywords)
 
 
 def _replace_cells(

@@ -10,7 +10,7 @@ import textwrap
 from collections import defaultdict
 from collections.abc import Iterable, Iterator, Sequence
 
-from nnsight.source._operations import Operation
+from ._operations import Operation
 
 CONTEXT = 5  # lines on either side of a highlighted operation
 ARROW, MORE, HERE, REST = "->", " +", "=>", " |"

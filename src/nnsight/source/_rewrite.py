@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import ast
 
-from nnsight.source._operations import Definition, named_calls, own_calls
+from ._operations import Definition, named_calls, own_calls
 
 DISPATCH = "__nnsight_dispatch__"
 

@@ -1,0 +1,130 @@
+"""Block outputs: one tensor that also answers the tuple spelling, on every `transformers` release.
+
+Older releases return `(hidden_states, ...)` from a decoder block, newer ones a bare tensor; code written for
+either runs: `.output[0]` and `.output` are both the hidden states `[batch, seq, d_model]`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from typing import Any, SupportsIndex, cast
+
+import torch
+
+_tensor = torch.Tensor
+
+
+class BlockOutput(torch.Tensor):
+    """The hidden states a block returns, sharing storage with the model's own tensor.
+
+    `[0]` is the hidden states and assigning `[0]` replaces them; another integer gives the item of the tuple
+    that the block natively returns; any other index is the tensor's own.
+    """
+
+    __torch_function__ = torch._C._disabled_torch_function_impl  # what is computed from it is a plain tensor
+
+    _held: torch.Tensor
+    _rest: tuple[Any, ...] | None
+    _write: Callable[[Any], None]
+
+    def __getitem__(self, index: Any) -> Any:
+        if type(index) is not int:
+            return _tensor.__getitem__(self._held, index)
+        if index == 0:
+            return self._held
+        if self._rest is not None and -len(self._rest) <= index <= len(self._rest):
+            return (self._held, *self._rest)[index]
+        raise IndexError(_ROWS.format(index=index, batch=self.shape[0] if self.dim() else 0))
+
+    def __setitem__(self, index: Any, value: Any) -> None:
+        if type(index) is not int:
+            self._held[index] = value
+        elif index == 0:
+            self._write(value)
+            self._held = value
+        elif self._rest is not None and 0 < index <= len(self._rest):
+            items = [self._held, *self._rest]
+            items[index] = value
+            self._write(tuple(items))
+            self._rest = tuple(items[1:])
+        else:
+            raise IndexError(_ROWS.format(index=index, batch=self.shape[0]))
+
+    def __iter__(self) -> Iterator[Any]:
+        return iter((self._held, *(self._rest or ())))
+
+    # Gradients belong to the model's own tensor: this one is only a view of it.
+
+    @property
+    def grad(self) -> torch.Tensor | None:  # type: ignore[override]
+        return self._held.grad
+
+    @grad.setter
+    def grad(self, value: torch.Tensor | None) -> None:
+        self._held.grad = value
+
+    @property
+    def requires_grad(self) -> bool:  # type: ignore[override]
+        return self._held.requires_grad
+
+    @requires_grad.setter
+    def requires_grad(self, value: bool) -> None:
+        self._held.requires_grad = value
+
+    @property
+    def grad_fn(self) -> Any:  # type: ignore[override]
+        return self._held.grad_fn
+
+    @property
+    def is_leaf(self) -> bool:  # type: ignore[override]
+        return self._held.is_leaf
+
+    def requires_grad_(self, requires_grad: bool = True) -> BlockOutput:  # type: ignore[override]
+        self._held.requires_grad_(requires_grad)
+        return self
+
+    def retain_grad(self) -> None:
+        self._held.retain_grad()
+
+    def register_hook(self, hook: Any) -> Any:
+        return self._held.register_hook(hook)
+
+    def __reduce_ex__(self, protocol: SupportsIndex) -> Any:
+        return self._held.__reduce_ex__(protocol)
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> torch.Tensor:
+        return self._held.__deepcopy__(memo)
+
+
+def show_block_output(value: Any, write: Callable[[Any], None]) -> Any:
+    """What `.output` of a block gives for the `value` the block returned."""
+    native = isinstance(value, tuple)
+    held = value[0] if native and value else value
+    if not isinstance(held, torch.Tensor) or isinstance(held, BlockOutput):
+        return value
+    shown = cast(BlockOutput, held.as_subclass(BlockOutput))
+    shown._held = held
+    shown._rest = tuple(value[1:]) if native else None
+    shown._write = write
+    return shown
+
+
+def take_block_output(current: Any, assigned: Any) -> Any:
+    """What the model gets when `assigned` is put in place of `current`, the block's native output.
+
+    A tensor stands for the hidden states; a tuple for the whole, or, where the block returns a bare tensor,
+    for a tuple whose first item is it.
+    """
+    if isinstance(assigned, BlockOutput):
+        assigned = assigned._held
+    if isinstance(current, tuple):
+        return (assigned, *current[1:]) if isinstance(assigned, torch.Tensor) else assigned
+    if isinstance(current, torch.Tensor) and isinstance(assigned, tuple) and assigned:
+        first = assigned[0]
+        return first._held if isinstance(first, BlockOutput) else first
+    return assigned
+
+
+_ROWS = """\
+A block's output answers [0] with its hidden states [batch, seq, d_model], as older transformers releases do; there is \
+no item {index}. For one row of the batch (there are {batch}) write [0][{index}] or [{index}:{index}+1]."""
