@@ -23,7 +23,7 @@ class Batches:
     rng: random.Random
     singles: int = 64
     long_tokens: int = 1024
-    repeated_share: float = 0.25
+    repeated_share: float = 0.5
     _order: Iterator[str] = field(init=False, repr=False)
 
     def __post_init__(self) -> None:
@@ -52,7 +52,7 @@ class Batches:
 
     def repeated_row(self, width: int) -> tuple[list[int], int]:
         """Random tokens said again up to the width, and how many of them come first."""
-        length = self.rng.randint(16, min(40, width // 2))
+        length = self.rng.randint(4, min(40, width // 2))
         block = [self.rng.randrange(len(self.tokenizer)) for _ in range(length)]
         return (block * (width // length + 1))[:width], length
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import math
 import random
 import sys
 import time
@@ -35,6 +36,7 @@ ROOT = Path(__file__).resolve().parents[2]
 DEFAULT_OUT = ROOT / "src" / "nnsight" / "_bundled" / "landmarks"
 MAX_LENGTH = 256
 PEAK_RATE = 2e-3
+POSITION_SCALE = 0.15
 
 
 def new_model(tokenizer: PreTrainedTokenizerFast) -> GPT2LMHeadModel:
@@ -47,11 +49,24 @@ def new_model(tokenizer: PreTrainedTokenizerFast) -> GPT2LMHeadModel:
         resid_pdrop=0.0,
         embd_pdrop=0.0,
         attn_pdrop=0.0,
-        initializer_range=0.04,
+        initializer_range=0.1,
         bos_token_id=tokenizer.bos_token_id,
         eos_token_id=tokenizer.eos_token_id,
     )
-    return GPT2LMHeadModel(config)
+    model = GPT2LMHeadModel(config)
+    with torch.no_grad():
+        model.transformer.wpe.weight.copy_(POSITION_SCALE * sinusoids(MAX_LENGTH, config.n_embd))
+    return model
+
+
+def sinusoids(length: int, width: int) -> Tensor:
+    """Where the learned positions start, `[length, width]` (Vaswani et al., 2017).
+
+    From here heads that look one token back form sooner than from random positions.
+    """
+    rates = torch.exp(-math.log(10_000.0) * torch.arange(width // 2) / (width // 2))
+    angles = torch.arange(length)[:, None] * rates
+    return torch.cat([angles.sin(), angles.cos()], dim=1)
 
 
 def questions() -> list[Question]:
@@ -89,7 +104,7 @@ def train(model: GPT2LMHeadModel, batches: Batches, steps: int) -> None:
         schedule.step()
         optimizer.zero_grad()
         if step % 50 == 0 or step == steps:
-            report(model, step, steps, shown, time.monotonic() - started)
+            report(model, batches, f"{step}/{steps}", shown, time.monotonic() - started)
 
 
 def report(model: GPT2LMHeadModel, step: int, steps: int, loss: float, seconds: float) -> None:

@@ -9,7 +9,7 @@ import pytest
 
 from nnsight._capture import Scope, bind, capture, is_skip, skip_body
 
-before_313 = pytest.mark.skipif(sys.version_info >= (3, 13), reason="locals cannot be deleted from outside")
+before_312 = pytest.mark.skipif(sys.version_info >= (3, 12), reason="locals cannot be deleted from outside")
 
 
 def test_names_of_a_function(Later):
@@ -124,7 +124,7 @@ def test_binding_statements(Later):
         error
 
 
-@before_313
+@before_312
 def test_del_of_a_local(Later):
     gone = kept = 1
     with Later():

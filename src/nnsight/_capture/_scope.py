@@ -90,7 +90,7 @@ class Scope:
     def write_back(self, names: Iterable[str]) -> None:
         """Bind these names in the frame as they are bound here; those that are not bound here are unbound.
 
-        From Python 3.13 on, a local variable of a function cannot be unbound from outside: it keeps its
+        From Python 3.12 on, a local variable of a function cannot be unbound from outside: it keeps its
         value.
         """
         values = {name: _value(self._cells[name], NOTHING) for name in names if name in self._cells}
@@ -209,12 +209,21 @@ def _is_of(cell: CellType, frame: FrameType, name: str) -> bool:
     return is_of
 
 
+def _writable(code: CodeType, values: Mapping[str, Any]) -> Mapping[str, Any]:
+    """The values less the unbound ones that the frame cannot have.
+
+    From 3.12 on, the compiler relies on what it knows of local variables, and CPython refuses to unbind them.
+    """
+    if sys.version_info < (3, 12) or not code.co_flags & OPTIMIZED:
+        return values
+    shared = () if sys.version_info >= (3, 13) else (*code.co_cellvars, *code.co_freevars)
+    return {name: value for name, value in values.items() if value is not NOTHING or name in shared}
+
+
 if sys.version_info >= (3, 13):
 
     def _write(frame: FrameType, values: Mapping[str, Any]) -> None:
-        if frame.f_code.co_flags & OPTIMIZED:  # such locals cannot be deleted
-            values = {name: value for name, value in values.items() if value is not NOTHING}
-        _update(frame.f_locals, values)
+        _update(frame.f_locals, _writable(frame.f_code, values))
 
     def _forget_locals(frame: FrameType) -> None:
         """Nothing to do: reading `f_locals` made no copies."""
@@ -225,7 +234,7 @@ else:
     _locals_to_fast.restype = None
 
     def _write(frame: FrameType, values: Mapping[str, Any]) -> None:
-        _update(frame.f_locals, values)
+        _update(frame.f_locals, _writable(frame.f_code, values))
         _locals_to_fast(frame, 1)
 
     def _forget_locals(frame: FrameType) -> None:

@@ -6,7 +6,7 @@ import ast
 import linecache
 import sys
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from dis import get_instructions
 from functools import cached_property
 from importlib.machinery import SourceFileLoader
@@ -35,6 +35,14 @@ class Source:
     """The text of one file, parsed once."""
 
     text: Text
+    _compiled: dict[int, CodeType] = field(default_factory=dict, compare=False)
+
+    def compiled(self, code: CodeType) -> CodeType:
+        """The code of the whole file, compiled as `code` was."""
+        flags = code.co_flags & FUTURES
+        if flags not in self._compiled:
+            self._compiled[flags] = _compile(self.tree, code)
+        return self._compiled[flags]
 
     @cached_property
     def tree(self) -> ast.Module:
@@ -131,15 +139,20 @@ _SUITES = (ast.stmt, ast.ExceptHandler, ast.match_case)
 
 
 def _compiled(code: CodeType, site: Site, source: Source) -> Iterator[CodeType]:
+    """The ways in which the frame's code may have been compiled; imports elsewhere in the file matter."""
     assert site.statement is not None
-    alone = ast.Module([site.statement], [])
-    if site.function != "<module>":
-        yield from (found for found in _nested(_compile(alone, code)) if _is_like(found, code))
-        return
-    yield _compile(source.tree, code)
-    # A notebook compiles the statements of a cell one by one, and a prompt in "single" mode.
-    yield _compile(alone, code)
-    yield _compile(ast.Interactive([site.statement]), code)
+    yield from _alike(source.compiled(code), code, site)
+    # A notebook compiles the statements of a cell one by one, and a prompt in "single" mode
+    yield from _alike(_compile(ast.Module([site.statement], []), code), code, site)
+    yield from _alike(_compile(ast.Interactive([site.statement]), code), code, site)
+
+
+def _alike(module: CodeType, code: CodeType, site: Site) -> Iterator[CodeType]:
+    if site.function == "<module>":
+        yield module
+    else:
+        key = (code.co_name, code.co_firstlineno)
+        yield from (found for found in _nested(module) if (found.co_name, found.co_firstlineno) == key)
 
 
 def _compile(tree: ast.Module | ast.Interactive, code: CodeType) -> CodeType:
@@ -155,13 +168,26 @@ def _nested(code: CodeType) -> Iterator[CodeType]:
             yield from _nested(constant)
 
 
-def _is_like(found: CodeType, code: CodeType) -> bool:
-    return (found.co_name, found.co_firstlineno) == (code.co_name, code.co_firstlineno)
-
-
 def _same(fresh: CodeType, code: CodeType) -> bool:
-    # IPython names the code of a cell after the cell
-    return fresh == code or fresh.replace(co_name=code.co_name) == code
+    """Whether two codes are of one text; `==` sees a tracer's marks, and the name IPython gives a cell."""
+    return all(getattr(fresh, name) == getattr(code, name) for name in _PARTS) and (
+        len(fresh.co_consts) == len(code.co_consts)
+        and all(map(_same_constant, fresh.co_consts, code.co_consts))
+    )
+
+
+_PARTS = (
+    *("co_code", "co_names", "co_varnames", "co_cellvars", "co_freevars"),
+    *("co_argcount", "co_posonlyargcount", "co_kwonlyargcount", "co_firstlineno", "co_linetable"),
+)
+
+
+def _same_constant(fresh: object, code: object) -> bool:
+    if isinstance(fresh, CodeType) and isinstance(code, CodeType):
+        return _same(fresh, code)
+    if isinstance(fresh, tuple) and isinstance(code, tuple):
+        return len(fresh) == len(code) and all(map(_same_constant, fresh, code))
+    return type(fresh) is type(code) and (fresh == code or repr(fresh) == repr(code))
 
 
 def _is_hooked(frame: FrameType) -> bool:

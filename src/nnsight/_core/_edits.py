@@ -85,7 +85,11 @@ class Edits:
                 changed = has_changed(value, versions)
         visit.given = None
         if changed and self.keeping:
-            versions = snapshot(visit.value)
+            value = visit.value
+            if type(value) is torch.Tensor and not value.is_inference():
+                versions = [(value, value._version)]
+            else:
+                versions = snapshot(value)
             if versions is None:
                 self._untracked = True
             else:

@@ -73,7 +73,6 @@ class Instruments:
         self._replaced: dict[Module, tuple[Forward, Forward | None]] = {}
         self._leaves: dict[Module, Forward] = {}
         self._parents: dict[Module, Module | None] = {}
-        self._parents_known = False
         self._eager: set[Module] = set()
         self.profile: dict[Module, int] | None = None
 
@@ -141,9 +140,8 @@ class Instruments:
 
     def parent(self, module: Module) -> Module | None:
         """The nearest module above `module` whose forward is called, None for the root."""
-        if not self._parents_known:
+        if not self._parents:
             self._parents = _find_parents(self.root)
-            self._parents_known = True
         return self._parents.get(module)
 
     def modules(self) -> Iterable[Module]:
@@ -159,7 +157,7 @@ class Instruments:
         self._always = [c for c in self._containers if c.replacement is not None]
         here = {c.module for c in self._containers}
         self._always += [Container(m) for m in self._eager - here]
-        self._parents_known = False
+        self._parents = {}
 
     def _replace_own(self, module: Module) -> None:
         current = vars(module).get("forward")

@@ -129,8 +129,7 @@ class Pass:
 
     def pause(self) -> None:
         """Let whoever advanced this pass go on."""
-        assert self._driver is not None
-        self._driver.switch()
+        self._driver.switch()  # type: ignore[union-attr]  # set by `advance`, without which nothing runs
 
     def call(self, place: Any, plain: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         """Call a module or an operation that may be wanted."""
@@ -170,7 +169,8 @@ class Pass:
             self._leave_after_hooks(place, index, args, kwargs)
             return result
         if place in self.wanted_outputs:
-            result = self._visit(place, OUTPUT, result, index, (args, kwargs)).value
+            visit = self._visit(place, OUTPUT, result, index, (args, kwargs))
+            result = visit.value
         if place in self.guards:
             self._pass_by_children(place)
         return result
@@ -254,24 +254,31 @@ class Pass:
 
     def watch(self, module: Module) -> None:
         """Make a module's calls visible; modules with children are so from the start."""
-        if module._modules or self._all_counted or module in self._counted:
+        if self._all_counted or module in self._counted:
             return
         self._counted.add(module)
         instruments = self._instruments
         if instruments.add(module):
             return  # counted from the start
         parent = instruments.parent(module)
-        if parent is None or not self.counts.get(parent):
+        count = self.counts.get(parent)
+        if parent is None or not count:
             return
         # A leaf that is always called once in a call of its parent: the parent's count tells its own.
-        self.counts[module] = self.ended(parent)
-        self._step_counts[module] = self._step_counts.get(parent, 0)
         if parent in self.running:
-            self.guards.setdefault(parent, set()).add(module)
+            count -= self.running.count(parent)
+            guarded = self.guards.get(parent)
+            if guarded is None:
+                self.guards[parent] = {module}
+            else:
+                guarded.add(module)
+        if count:
+            self.counts[module] = count
+            self._step_counts[module] = self._step_counts.get(parent, 0)
 
     def _pass_by_children(self, parent: Module) -> None:
         for module in self.guards.pop(parent):
-            self.counts[module] = max(self.counts[module], self.counts[parent])
+            self.counts[module] = max(self.counts.get(module, 0), self.counts[parent])
         self._missed()
 
     def ended(self, place: Any) -> int:

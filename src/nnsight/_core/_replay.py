@@ -65,7 +65,7 @@ class Replay:
         here = current.here
         if here is not None and here.kind == request.kind and here.is_occurrence(request):
             return here
-        if isinstance(request.place, torch.nn.Module):
+        if isinstance(request.place, torch.nn.Module) and not request.place._modules:
             current.watch(request.place)
         self._request = request
         current.want(request)

@@ -10,7 +10,7 @@ import torch
 from torch.nn import Module
 
 from ..config import CONFIG
-from ..errors import OutOfOrderError, StoppedError, WaitError
+from ..errors import NNsightError, OutOfOrderError, StoppedError, WaitError
 from ._edits import Edits
 from ._frames import user_frame
 from ._instrument import Instruments
@@ -92,8 +92,9 @@ class Run:
             return
         main = self.start()
         while not main.done and not self._is_stopped():
-            self._advance()
-        self._settle()
+            main.advance()
+            self._raise_failure(main)
+        self._settle(main)
         self.edits.check_late_reads()
 
     def close(self) -> None:
@@ -134,8 +135,8 @@ class Run:
 
     def reach(self, worker: Worker, place: Any, kind: str, path: str, *, write: bool = False) -> Visit:
         """Let the model run until the place that `worker` names, and stand still there."""
-        request = worker.request_for(place, kind, path)
         main = self.main or self.start()
+        request = worker.request_for(place, kind, path)
         here = main.here
         if here is not None and here.place is place and here.is_occurrence(request):
             if here.kind == kind or (kind == INPUT and not write):
@@ -144,11 +145,10 @@ class Run:
             self._check_usable(worker)
         if not place._modules:
             main.watch(place)
-        if not (main.done or main.has_passed(request)):
-            self._park(worker, request)
-            here = main.here
-            if here is not None and here.kind == kind and here.is_occurrence(request):
-                return here
+        if not (main.done or (place in main.counts or worker.step is not None) and main.has_passed(request)):
+            visit = self._park(worker, request, main)
+            if visit is not None:
+                return visit
         return self._late(request, worker, write)
 
     def read(self, worker: Worker, place: Any, kind: str, path: str) -> tuple[Visit, Any]:
@@ -183,10 +183,10 @@ class Run:
         if condition():
             return
         self._check_usable(worker)
-        self.start()
+        main = self.start()
         worker.condition = condition
         try:
-            self._yield(worker)
+            self._yield(worker, main)
         finally:
             worker.condition = None
         if not condition():
@@ -214,41 +214,36 @@ class Run:
 
     # --- the schedule ---------------------------------------------------------------------------------------
 
-    def _park(self, worker: Worker, request: Request) -> None:
-        main = self.main
-        assert main is not None
+    def _park(self, worker: Worker, request: Request, main: Pass) -> Visit | None:
+        """Wait until the model stands where `request` says; None where it went past."""
         worker.request = request
         main.want(request)
         try:
-            self._yield(worker)
+            self._yield(worker, main)
         finally:
             worker.request = None
             main.unwant(request)
+        served, worker.served = worker.served, None
+        return served
 
-    def _yield(self, worker: Worker) -> None:
+    def _yield(self, worker: Worker, main: Pass) -> None:
         if worker.coroutine is not None:
             worker.coroutine.hand_over()
             return
-        self._advance()
-        if self.main is not None and self.main.done:
-            self._settle()
-
-    def _advance(self) -> None:
-        main = self.main
-        assert main is not None
         main.advance()
-        self._raise_failure()
-        if main.error is not None:
-            error, main.error = main.error, None
-            self.edits.annotate(error)
+        if main.done or self._failure is not None:
+            self._raise_failure(main)
+            self._settle(main)
+
+    def _raise_failure(self, main: Pass) -> None:
+        error = self._failure or main.error
+        if error is not None:
+            self._failure = main.error = None
+            if not isinstance(error, NNsightError):
+                self.edits.annotate(error)
             raise error
 
-    def _raise_failure(self) -> None:
-        if self._failure is not None:
-            failure, self._failure = self._failure, None
-            raise failure
-
-    def _settle(self) -> None:
+    def _settle(self, main: Pass) -> None:
         """The forward is over: give deferred workers that still wait their answer."""
         while True:
             waiting = [w for w in self.workers if w.coroutine is not None and not w.finished]
@@ -256,7 +251,7 @@ class Run:
                 return
             able = [w for w in waiting if w.condition is None or w.condition()]
             (able or waiting)[0].resume()
-            self._raise_failure()
+            self._raise_failure(main)
 
     def _serve(self, visit: Visit) -> None:
         """In the model's coroutine: let everybody run who waits for this visit, in the order written."""
@@ -265,10 +260,18 @@ class Run:
         while going:
             going = False
             for worker in workers:
-                while worker.is_ready(visit):
+                while True:
+                    request = worker.request
+                    if request is None:
+                        if not worker.is_ready():
+                            break
+                    elif visit.answers(request):
+                        worker.served = visit
+                    else:
+                        break
                     going = len(workers) > 1
                     self._let_run(worker)
-        if visit.written or visit.given:
+        if visit.written or visit.given is not None:
             self.edits.leave(visit)
 
     def _missed(self) -> None:
@@ -280,11 +283,9 @@ class Run:
                 self._let_run(worker)
 
     def _let_run(self, worker: Worker) -> None:
-        main = self.main
-        assert main is not None
         if worker.coroutine is None:
-            main.pause()
+            self.main.pause()  # type: ignore[union-attr]  # called in its coroutine
             return
         worker.resume()
         if self._failure is not None or self._is_stopped():
-            main.pause()
+            self.main.pause()  # type: ignore[union-attr]

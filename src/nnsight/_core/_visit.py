@@ -80,6 +80,13 @@ class Visit:
         self.written = False
         self.skipped = False
 
+    def answers(self, request: Request) -> bool:
+        """Whether this is what `request` waits for."""
+        place, kind, _, step, call = request
+        if self.place is not place or self.kind != kind:
+            return False
+        return self.index == call if step is None else self.step == step and self.call == call
+
     def is_occurrence(self, request: Request) -> bool:
         """Whether this is the call that `request` asks about, at its input or its output."""
         place, _, _, step, call = request

@@ -32,23 +32,27 @@ class Worker:
         "condition",
         "coroutine",
         "finished",
+        "instruments",
         "label",
         "outer",
         "request",
         "rows",
         "run",
+        "served",
         "step",
         "stopped",
     )
 
     def __init__(self, run: Run, label: str, rows: Any = None) -> None:
         self.run: Run = run
+        self.instruments = run.instruments
         self.label = label
         self.rows = rows
         self.step: int | None = None
         self.calls: dict[Any, int] | None = None
         self.request: Request | None = None
         self.condition: Callable[[], bool] | None = None
+        self.served: Visit | None = None
         self.finished = False
         self.stopped = False
         self.coroutine: Coroutine | None = None
@@ -59,13 +63,10 @@ class Worker:
         call = self.calls.get(place, 0) if self.calls else 0
         return _new(Request, (place, kind, path, self.step, call))
 
-    def is_ready(self, visit: Visit) -> bool:
-        """Whether this worker can go on while the model stands at `visit`."""
+    def is_ready(self) -> bool:
+        """Whether this worker, which waits for no place, can go on."""
         if self.finished:
             return False
-        request = self.request
-        if request is not None:
-            return request.kind == visit.kind and visit.is_occurrence(request)
         if self.condition is not None:
             return self.condition()
         return self.coroutine is not None and not self.coroutine

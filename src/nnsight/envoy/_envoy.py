@@ -11,7 +11,7 @@ from typing import Any, overload
 import torch
 from torch.nn import Module
 
-from .._core import INPUT, OUTPUT, as_native
+from .._core import INPUT, OUTPUT, active, as_native
 from ..errors import UnknownPathError
 from ._tree import Tree, first_input, unknown, with_first_input
 
@@ -52,7 +52,9 @@ class Envoy:
             NeverRanError: The module does not run in this forward.
         """
         tree, module = self._tree, self._module
-        worker = tree.worker(self._path, OUTPUT)
+        worker = active.get()
+        if worker is None or worker.instruments is not tree.instruments:
+            worker = tree.worker(self._path, OUTPUT)
         if tree.before_request is not None:
             tree.before_request(worker, module, self._path)
         visit, value = worker.run.read(worker, module, OUTPUT, self._path)

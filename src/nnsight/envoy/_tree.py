@@ -65,7 +65,9 @@ class Tree:
 
     def write(self, module: Module, path: str, kind: str, value: Any, frame: FrameType) -> None:
         """Put `value` at a module."""
-        worker = self.worker(path, kind)
+        worker = active.get()
+        if worker is None or worker.instruments is not self.instruments:
+            worker = self.worker(path, kind)
         if self.before_request is not None:
             self.before_request(worker, module, path)
         visit = worker.run.reach(worker, module, kind, path, write=True)

@@ -115,10 +115,12 @@ def _replace(value: Any, inner: Function, new: Function, within: tuple[Any, ...]
 
 def _replace_in_partial(value: partial[Any], inner: Function, new: Function, within: tuple[Any, ...]) -> Any:
     function = _replace(value.func, inner, new, within)
+    held = (*value.args, *value.keywords.values())
+    if function is value.func and not any(same(argument, inner) for argument in held):
+        return value
     args = [new if same(argument, inner) else argument for argument in value.args]
-    keywords = {name: new if same(argument, inner) else argument for name, argument in value.keywords.items()}
-    parts = zip((function, *args, *keywords.values()), (value.func, *value.args, *value.keywords.values()), strict=True)
-    return value if all(part is old for part, old in parts) else partial(function, *args, **keywords)
+    keywords = {key: new if same(held, inner) else held for key, held in value.keywords.items()}
+    return partial(function, *args, **keywords)
 
 
 def _replace_cells(

@@ -1,0 +1,3 @@
+"""The `nnsight` command."""
+
+from ._main import main as main
