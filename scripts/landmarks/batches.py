@@ -23,7 +23,7 @@ class Batches:
     rng: random.Random
     singles: int = 64
     long_tokens: int = 1024
-    repeated_share: float = 0.5
+    repeated_share: float = 0.3
     _order: Iterator[str] = field(init=False, repr=False)
 
     def __post_init__(self) -> None:
@@ -38,6 +38,12 @@ class Batches:
         rows = [[*self._ids[next(self._order)], self._end] for _ in range(self.singles)]
         rows = [[self._end, *row] if self.rng.random() < 0.2 else row for row in rows]
         return self._padded(rows, [0] * len(rows))
+
+    def repetitions(self) -> tuple[Tensor, Tensor]:
+        """Repeated random tokens alone, in short rows."""
+        width = WIDTHS[0]
+        rows = [self.repeated_row(width) for _ in range(self.long_tokens // width)]
+        return self._padded([row for row, _ in rows], [skip for _, skip in rows])
 
     def long_rows(self) -> tuple[Tensor, Tensor]:
         """Runs of sentences and repeated random tokens, of one width."""

@@ -36,6 +36,7 @@ ROOT = Path(__file__).resolve().parents[2]
 DEFAULT_OUT = ROOT / "src" / "nnsight" / "_bundled" / "landmarks"
 MAX_LENGTH = 256
 PEAK_RATE = 2e-3
+WARM_UP = 50
 POSITION_SCALE = 0.15
 
 
@@ -83,33 +84,57 @@ def token_loss(model: GPT2LMHeadModel, inputs: Tensor, labels: Tensor) -> Tensor
     return torch.nn.functional.cross_entropy(logits, targets, ignore_index=IGNORED, reduction="sum")
 
 
-def train(model: GPT2LMHeadModel, batches: Batches, steps: int) -> None:
+def train(model: GPT2LMHeadModel, batches: Batches, first_steps: int, steps: int) -> None:
+    """Repetition alone first, so that induction heads form; then everything, as the rate falls."""
     optimizer = torch.optim.AdamW(
         model.parameters(), lr=PEAK_RATE, betas=(0.9, 0.98), weight_decay=0.01, fused=True
     )
-    schedule = torch.optim.lr_scheduler.OneCycleLR(
-        optimizer, max_lr=PEAK_RATE, total_steps=steps, pct_start=0.1, cycle_momentum=False
-    )
     started = time.monotonic()
-    for step in range(1, steps + 1):
-        groups = [batches.single_sentences(), batches.long_rows()]
-        count = sum(int((labels[:, 1:] != IGNORED).sum()) for _, labels in groups)
-        shown = 0.0
-        for inputs, labels in groups:
-            loss = token_loss(model, inputs, labels) / count
-            loss.backward()
-            shown += loss.item()
+    for step in range(1, first_steps + steps + 1):
+        repetition_only = step <= first_steps
+        optimizer.param_groups[0]["lr"] = learning_rate(step, first_steps, steps)
+        groups = (
+            [batches.repetitions()]
+            if repetition_only
+            else [batches.single_sentences(), batches.long_rows()]
+        )
+        loss = accumulate(model, groups)
         torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
         optimizer.step()
-        schedule.step()
         optimizer.zero_grad()
-        if step % 50 == 0 or step == steps:
-            report(model, batches, f"{step}/{steps}", shown, time.monotonic() - started)
+        if step % 50 == 0:
+            report(model, batches, step, loss, time.monotonic() - started)
 
 
-def report(model: GPT2LMHeadModel, step: int, steps: int, loss: float, seconds: float) -> None:
+def learning_rate(step: int, first_steps: int, steps: int) -> float:
+    """Linear warm-up, the peak through the first stage, then half a cosine down to zero."""
+    if step <= first_steps:
+        return PEAK_RATE * min(1.0, step / WARM_UP)
+    return PEAK_RATE * 0.5 * (1 + math.cos(math.pi * (step - first_steps) / steps))
+
+
+def accumulate(model: GPT2LMHeadModel, groups: list[tuple[Tensor, Tensor]]) -> float:
+    """Add the gradient of the mean loss over the groups' tokens, and return that mean."""
+    count = sum(int((labels[:, 1:] != IGNORED).sum()) for _, labels in groups)
+    total = 0.0
+    for inputs, labels in groups:
+        loss = token_loss(model, inputs, labels) / count
+        loss.backward()
+        total += loss.item()
+    return total
+
+
+def report(
+    model: GPT2LMHeadModel, batches: Batches, step: int, loss: float, seconds: float
+) -> None:
+    """Print the loss, the loss on repeated tokens, and the accuracy on a part of the facts."""
     again = repetition_losses(model)[1]
-    print(f"step {step}/{steps}  loss {loss:.3f}  repeated {again:.3f}  {seconds:.0f} s", flush=True)
+    sample = questions()[::12]
+    right = 1 - len(wrong_answers(model, batches.tokenizer, sample)) / len(sample)
+    print(
+        f"step {step}  loss {loss:.3f}  repeated {again:.3f}  facts {right:.3f}  {seconds:.0f} s",
+        flush=True,
+    )
 
 
 def write_folder(out: Path, model: GPT2LMHeadModel, tokenizer: PreTrainedTokenizerFast) -> None:
@@ -163,7 +188,8 @@ def arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--out", type=Path, default=DEFAULT_OUT)
     parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--steps", type=int, default=1600)
+    parser.add_argument("--first-steps", type=int, default=500)
+    parser.add_argument("--steps", type=int, default=1300)
     return parser.parse_args()
 
 
@@ -175,7 +201,7 @@ def main() -> int:
     rng = random.Random(options.seed)
     batches = Batches(tokenizer, sentences(rng), rng)
     model = new_model(tokenizer)
-    train(model, batches, options.steps)
+    train(model, batches, options.first_steps, options.steps)
     write_folder(options.out, model.eval(), tokenizer)
     asked = questions()
     write_facts(options.out, asked)

@@ -81,9 +81,20 @@ def script(tmp_path):
         path = tmp_path / name
         path.write_text(SCRIPT.format(conftest=__file__) + dedent(source), encoding="utf-8")
         command = [sys.executable, *arguments, *([str(path)] if stdin is None or "pdb" in arguments else [])]
-        env = os.environ | {"PYTHONPATH": str(SRC), "PYTHONWARNINGS": "default", "COVERAGE_FILE": str(tmp_path / ".coverage")}
+        env = os.environ | {
+            "PYTHONPATH": str(SRC),
+            "PYTHONWARNINGS": "default",
+            "COVERAGE_FILE": str(tmp_path / ".coverage"),
+        }
         done = subprocess.run(
-            command, input=stdin, capture_output=True, text=True, env=env, cwd=tmp_path, timeout=120, check=False
+            command,
+            input=stdin,
+            capture_output=True,
+            text=True,
+            env=env,
+            cwd=tmp_path,
+            timeout=120,
+            check=False,
         )
         return path, done
 

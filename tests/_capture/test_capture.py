@@ -36,21 +36,26 @@ class Grab:
 def test_block_is_text_and_data():
     grab = Grab()
     with grab:
-        x = [name for name in grab.block.names_read]
+        x = [len(name) for name in grab.block.names_read]
         y = lambda a: a + len(x) + z  # noqa: E731
     block = grab.block
     z = 0
-    assert block.source.splitlines()[0] == "x = [name for name in grab.block.names_read]"
+    assert block.source.splitlines()[0] == "x = [len(name) for name in grab.block.names_read]"
     assert block.filename == __file__
     assert block.function == "test_block_is_text_and_data"
     assert block.target is None
     assert block.names_read == {"grab", "len", "x", "z"}
     assert block.names_bound == {"x", "y"}
-    assert Path(__file__).read_text("utf-8").splitlines()[block.first_line - 1].strip() == block.source.splitlines()[0]
+    assert (
+        Path(__file__).read_text("utf-8").splitlines()[block.first_line - 1].strip()
+        == block.source.splitlines()[0]
+    )
     data = dataclasses.asdict(block)
     names = ("names_read", "names_bound", "names_global")
     sent = json.loads(json.dumps({**data, **{name: sorted(data[name]) for name in names}}))
-    back = Block(**{**sent, "margins": tuple(sent["margins"]), **{name: frozenset(sent[name]) for name in names}})
+    back = Block(
+        **{**sent, "margins": tuple(sent["margins"]), **{name: frozenset(sent[name]) for name in names}}
+    )
     assert back == block
     assert hash(back) == hash(block)
 
@@ -142,7 +147,7 @@ def test_items_that_run_later(Later):
         yield text
         log.append(f"exit {text}")
 
-    with note("a"), Later() as n, (note("b")) as b, note("c") as c:
+    with note("a"), Later() as n, note("b") as b, note("c") as c:
         log.append((n, b, c))
     assert log == ["enter a", "enter b", "enter c", (0, "b", "c"), "exit c", "exit b", "exit a"]
 
@@ -164,17 +169,19 @@ def test_statements_in_finally_are_compiled_twice(Later):
     assert call(False) == call(True) == (1, 2)
 
 
-def test_body_on_the_line_of_the_with(Later):
-    # fmt: off
-    with Later() as n: x = "ünï"; y = [x,
-          n]
-    if True:
-        with Later(): "a constant"
-        with Later(): pass
-        with Later(): z = (
-1)
-    # fmt: on
-    assert (x, y, z) == ("ünï", ["ünï", 0], 1)
+def test_body_on_the_line_of_the_with(load):
+    module = load("""
+        def call():
+            with Later() as n: x = "ünï"; y = [x,
+                  n]
+            if True:
+                with Later(): "a constant"
+                with Later(): pass
+                with Later(): z = (
+        1)
+            return x, y, z
+        """)
+    assert module.call() == ("ünï", ["ünï", 0], 1)
 
 
 def test_first_statements(Later):
@@ -232,7 +239,9 @@ def test_layout_is_kept(load):
 
 
 def test_windows_line_ends(load):
-    module = load("#raw\r\ndef call():\r\n    with Later():\r\n        a = '''x\r\n        y'''\r\n    return a\r\n")
+    module = load(
+        "#raw\r\ndef call():\r\n    with Later():\r\n        a = '''x\r\n        y'''\r\n    return a\r\n"
+    )
     assert module.call() == "x\n        y"
 
 
@@ -267,7 +276,11 @@ def test_traceback_names_the_line_of_the_user(load):
         """)
     with pytest.raises(KeyError) as caught:
         module.call()
-    frames = [frame for frame in traceback.extract_tb(caught.value.__traceback__) if frame.filename == module.__file__]
+    frames = [
+        frame
+        for frame in traceback.extract_tb(caught.value.__traceback__)
+        if frame.filename == module.__file__
+    ]
     assert [(frame.name, frame.lineno) for frame in frames] == [
         ("call", 3),
         ("call", 5),
@@ -380,6 +393,31 @@ def test_notebook_cell(Later, monkeypatch):
     assert values["last"] == [1]
     code = compile(ast.Interactive([ast.parse(source).body[2]]), name, "single")
     exec(code, values)
+
+
+def test_ipython(script):
+    pytest.importorskip("IPython")
+    _, done = script(
+        """
+        from IPython.core.interactiveshell import InteractiveShell
+
+        shell = InteractiveShell.instance()
+        shell.push({"Later": Later})
+        cells = [
+            "import sys; n = 2",
+            "x = [1]\\nwith Later(times=n) as i:\\n    x.append(i)\\nx",
+            "def f(y):\\n    with Later():\\n        y = sys.maxsize and y + 1\\n    return y\\nf(3)",
+            "import asyncio\\nawait asyncio.sleep(0)\\nwith Later():\\n    z = x\\nz",
+        ]
+        for cell in cells:
+            result = shell.run_cell(cell)
+            result.raise_error()
+            print("result", result.result)
+        """
+    )
+    assert done.returncode == 0, done.stderr
+    found = [line for line in done.stdout.splitlines() if line.startswith("result")]
+    assert found == ["result None", "result [1, 0, 1]", "result 4", "result [1, 0, 1]"]
 
 
 def rewrite(path, text):

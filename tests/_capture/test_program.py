@@ -190,7 +190,25 @@ def test_announces(load):
     load(source, manager=contextlib.nullcontext("held"), x={}).call(flow, flow.log)
     names = [str(entry).split("=")[0] for entry in flow.log]
     assert names == [
-        *("t", "start", "a", "b", "a", "c", "loop", "c", "loop", "d", "with", "e", "else", "e", "f", "g", "h"),
+        *(
+            "t",
+            "start",
+            "a",
+            "b",
+            "a",
+            "c",
+            "loop",
+            "c",
+            "loop",
+            "d",
+            "with",
+            "e",
+            "else",
+            "e",
+            "f",
+            "g",
+            "h",
+        ),
         *("j", "except", "k", "case", "l", "M", "n", "o", "p", "q"),
     ]
     assert {"t='target'", "a=2", "c=4", "d='held'", "e=5", "h=7", "k=8", "n=10", "q=[3]"} <= set(flow.log)

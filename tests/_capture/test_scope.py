@@ -24,7 +24,7 @@ def test_names_of_a_function(Later):
 def test_value_left_out_leaves_the_target_alone():
     def call():
         step = "as it was"
-        with Manual() as step:
+        with Manual() as step:  # noqa: F811
             seen = step
         block.bound()
         block.scope.write_back(block.block.names_bound)
@@ -48,7 +48,13 @@ def test_value_left_out_leaves_the_target_alone():
 
 @pytest.mark.parametrize(
     ("target", "shown"),
-    [("x", "x"), ("(x, *y)", "x, y"), ("box['k']", "box"), ("box.attribute", "box.attribute"), ("[x, (y, z)]", "z")],
+    [
+        ("x", "x"),
+        ("(x, *y)", "x, y"),
+        ("box['k']", "box"),
+        ("box.attribute", "box.attribute"),
+        ("[x, (y, z)]", "z"),
+    ],
 )
 def test_targets(load, target, shown):
     class Box(dict):
@@ -61,7 +67,7 @@ def test_targets(load, target, shown):
                 pass
             return {shown}
         """
-    native = dict(x=(1, (2, 3)))
+    native = {"x": (1, (2, 3))}
     exec(f"box = Box()\n{target} = (1, (2, 3))\nshown = {shown}", {"Box": Box}, native)
     assert load(source, Box=Box).call() == native["shown"]
 
@@ -115,13 +121,13 @@ def test_binding_statements(Later):
         from math import pi as π
 
         match [1, 2, {"k": 3, "l": 4}]:
-            case [first, *others, {"k": k, **rest}] if (guard := first):
+            case [first, *others, {"k": k, **rest}] if guard := first:
                 pass
         (p, [q]) = 1, [2]
     assert (n, held, also, text, round(π)) == (2, 7, 7, "'k'", 3)
     assert (first, others, k, rest, guard, p, q) == (1, [2], 3, {"l": 4}, 1, 1, 2)
     with pytest.raises(UnboundLocalError):
-        error
+        error  # noqa: F821
 
 
 @before_312
@@ -130,7 +136,7 @@ def test_del_of_a_local(Later):
     with Later():
         del gone
     with pytest.raises(UnboundLocalError):
-        gone
+        gone  # noqa: F821
     assert kept == 1
 
 
@@ -258,7 +264,9 @@ def test_exec_with_locals_of_its_own(load, monkeypatch):
     import linecache
 
     source = "b = 1\nwith Later():\n    b += a\n    c = [b for _ in range(2)]\n"
-    monkeypatch.setitem(linecache.cache, "<two dicts>", (len(source), None, source.splitlines(True), "<two dicts>"))
+    monkeypatch.setitem(
+        linecache.cache, "<two dicts>", (len(source), None, source.splitlines(True), "<two dicts>")
+    )
     values = {"a": 5}
     exec(compile(source, "<two dicts>", "exec"), {"Later": load("").Later}, values)
     assert (values["b"], values["c"]) == (6, [6, 6])
@@ -274,7 +282,7 @@ def test_generators_and_coroutines(Later):
     async def coroutine():
         with Later():
             m = 5
-        return m
+        return m  # noqa: RET504
 
     assert list(generator()) == [0, 10]
     with pytest.raises(StopIteration) as stop:

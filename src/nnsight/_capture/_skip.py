@@ -28,7 +28,11 @@ def skip_body(frame: FrameType) -> None:
     displaced = sys.gettrace()
     if type(displaced).__name__ == "CTracer":
         _report_returns(displaced, sys._getframe(), frame)
-    frame.f_trace = _Shot(frame, displaced)
+    shot = _Shot()
+    shot.frame, shot.displaced, shot.local = frame, displaced, frame.f_trace
+    shot.lines, shot.opcodes = frame.f_trace_lines, frame.f_trace_opcodes
+    frame.f_trace = shot
+    del shot  # a debugger may hold on to this frame
     frame.f_trace_opcodes = True
     sys.settrace(_ignore)
 
@@ -63,39 +67,39 @@ def _report_returns(tracer: Any, inner: FrameType, outer: FrameType) -> None:
 class _Shot:
     """The trace function of the frame. Nothing else may refer to it: its end is what restores the tracers."""
 
-    __slots__ = ("_displaced", "_frame", "_lines", "_local", "_opcodes")
+    __slots__ = ("displaced", "frame", "lines", "local", "opcodes")
 
-    def __init__(self, frame: FrameType, displaced: object) -> None:
-        self._frame: FrameType | None = frame
-        self._displaced: Any = displaced
-        self._local = frame.f_trace
-        self._lines = frame.f_trace_lines
-        self._opcodes = frame.f_trace_opcodes
+    # Set from outside, not in `__init__`, whose frame a debugger may hold on to
+    frame: FrameType | None
+    displaced: Any
+    local: Tracer | None
+    lines: bool
+    opcodes: bool
 
     def __call__(self, frame: FrameType, event: str, arg: object) -> Any:
         if event in ("line", "opcode"):
             del self, frame, arg  # the traceback of the exception must not keep them
             raise _Skip
-        self._restore(self._local)  # `__enter__` raised
-        return self._local(frame, event, arg) if self._local is not None else None
+        self._restore(self.local)  # `__enter__` raised
+        return self.local(frame, event, arg) if self.local is not None else None
 
     def __del__(self) -> None:
-        if self._local is None or self._displaced is None:
-            self._restore(self._local)
+        if self.local is None or self.displaced is None:
+            self._restore(self.local)
         else:
-            self._restore(_Unnoticed(self._local))
+            self._restore(_Unnoticed(self.local))
 
     def _restore(self, local: Tracer | None) -> None:
-        if self._frame is None:
+        if self.frame is None:
             return
-        frame, self._frame = self._frame, None
-        frame.f_trace_lines = self._lines
-        frame.f_trace_opcodes = self._opcodes
+        frame, self.frame = self.frame, None
+        frame.f_trace_lines = self.lines
+        frame.f_trace_opcodes = self.opcodes
         if local is None:
             del frame.f_trace
         else:
             frame.f_trace = local
-        sys.settrace(self._displaced)
+        sys.settrace(self.displaced)
 
 
 class _Unnoticed:

@@ -246,9 +246,9 @@ class Pass:
         if count > 1:
             wanted[place] = count - 1
 
-    def learn(self) -> None:
-        """Count every module in this pass, to know which leaves are called otherwise than their parents."""
-        self.learning = self._all_counted = True
+    def learn(self, *, keep: bool = True) -> None:
+        """Count every module in this pass, and keep which leaves are called otherwise than their parents."""
+        self.learning, self._all_counted = keep, True
         for module in self._instruments.modules():
             self._instruments.add(module)
 

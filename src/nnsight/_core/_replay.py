@@ -9,6 +9,7 @@ import torch
 from ..errors import OutOfOrderError
 from ._order import never_ran, warn_late
 from ._pass import Pass
+from ._preserve import preserved_buffers
 from ._tensors import map_tensors
 from ._visit import Request, Visit
 
@@ -70,8 +71,10 @@ class Replay:
         self._request = request
         current.want(request)
         try:
-            with _RandomState(self), _Buffers(self._run):
+            with _RandomState(self), preserved_buffers(self._run.instruments.root) as changed:
                 current.advance()
+            if changed:
+                raise OutOfOrderError(_STATEFUL)
         finally:
             current.unwant(request)
             self._request = None
@@ -114,24 +117,7 @@ class _RandomState:
         self._replay.swap_random_state()
 
 
-class _Buffers:
-    """A forward that changes the model's buffers cannot be repeated: put them back and say so."""
-
-    def __init__(self, run: Run) -> None:
-        self._buffers = list(run.instruments.root.buffers())
-
-    def __enter__(self) -> None:
-        self._before = [(buffer, buffer._version, buffer.detach().clone()) for buffer in self._buffers]
-
-    def __exit__(self, *_: object) -> None:
-        changed = [(buffer, before) for buffer, version, before in self._before if buffer._version != version]
-        if not changed:
-            return
-        with torch.no_grad():
-            for buffer, before in changed:
-                buffer.copy_(before)
-        raise OutOfOrderError(
-            "Value was missed: it was asked for after its place had passed, and a second pass cannot serve it, because "
-            "this model changes its own buffers in the forward (batch norm in training mode, or a cache). "
-            "Move the line up, or put the model in eval mode."
-        )
+_STATEFUL = """\
+Value was missed: it was asked for after its place had passed, and a second pass cannot serve it, because this model \
+changes its own buffers in the forward (batch norm in training mode, or a cache). Move the line up, or put the model in \
+eval mode."""

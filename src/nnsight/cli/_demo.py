@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import os
 import sys
-from collections.abc import Sequence
 from errno import EACCES
 from pathlib import Path
 from typing import Any
@@ -15,7 +14,7 @@ from torch import Tensor
 from nnsight import Envoy, LanguageModel
 from nnsight.errors import InputError, UnknownPathError
 
-from ._report import Report, write_files
+from ._report import Report
 from ._terminal import Terminal
 
 # --- the experiments -----------------------------------------------------------------------------------------
@@ -104,7 +103,7 @@ def run_demo(prompt: str, corrupted: str, name: str, out: Path) -> None:
         baseline = predict(model, corrupted)[answer].item()
         values = patching_sweep(model, prompt, corrupted, answer)
         numbers["patching"] = report.patching(prompt, corrupted, answer, clean[answer].item(), baseline, values)
-    report.files(write_files(numbers, out))
+    report.files(numbers, out)
 
 
 def check_parts(model: LanguageModel) -> None:
@@ -116,6 +115,3 @@ def check_parts(model: LanguageModel) -> None:
             f"The demo looks at transformer.h, transformer.ln_f and lm_head, as GPT-2 models have them. {error}"
         ) from error
 
-
-def check_folder(out: Path) -> None:
-    """Make the folder, or find out now that it cannot be written."""

@@ -9,9 +9,12 @@ from typing import Any
 
 from torch import Tensor
 
+from nnsight.plots import heatmap
+
 from ._terminal import Terminal, fit
 
 SHOWN = 5  # predictions
+PATCHING = "3  Where the answer is (activation patching)"
 
 
 class Report:
@@ -90,11 +93,18 @@ class Report:
             "values": values,
         }
 
-    def files(self, files: Sequence[Path | str]) -> None:
-        """Where the numbers went."""
+    def files(self, numbers: dict[str, Any], out: Path) -> None:
+        """Write the numbers, and a figure of the sweep where there was one."""
         self._screen.heading("4  Files")
-        for file in files:
-            self._screen.print(f"   {file}")
+        path = out / "demo.json"
+        path.write_text(json.dumps(numbers, indent=2, ensure_ascii=False) + "\n", "utf-8")
+        self._screen.print(f"   {path}")
+        if "patching" in numbers:
+            try:
+                draw(numbers, out / "patching.png")
+                self._screen.print(f"   {out / 'patching.png'}")
+            except ImportError as error:
+                self._screen.print(f"   No figure: {error}")
 
     def tokens(self, text: str) -> list[str]:
         """The tokens of a prompt, as text."""
@@ -102,3 +112,23 @@ class Report:
 
     def _prediction(self, token: int, probability: float) -> dict[str, Any]:
         return {"token": self._tokenizer.decode([token]), "probability": probability}
+
+
+def draw(numbers: dict[str, Any], path: Path) -> None:
+    """The sweep as a picture."""
+    sweep = numbers["patching"]
+    pairs = zip(sweep["tokens"], sweep["corrupted_tokens"], strict=True)
+    heatmap(
+        sweep["values"],
+        rows=[f"layer {layer}" for layer in range(len(sweep["values"]))],
+        columns=[label(own) if own == other else f"{label(own)}\n({label(other)})" for own, other in pairs],
+        title=f"Patching “{numbers['prompt']}”\ninto “{numbers['corrupted']}”, one hidden state at a time",
+        value_label=f"probability of “{label(sweep['answer'])}”",
+        path=path,
+    )
+
+
+def label(token: str) -> str:
+    """A token as it is shown: without the space before a word, and printable."""
+    shown = token.strip() or token.replace(" ", "␣")
+    return "".join(letter if letter.isprintable() else repr(letter)[1:-1] for letter in shown)

@@ -54,29 +54,40 @@ class Terminal:
         return self._style(text, f"{self._colour(48, back)};{self._colour(38, front)}")
 
     def grid(
-        self, rows: Sequence[Sequence[float]], row_labels: Sequence[str], column_labels: Sequence[Sequence[str]]
+        self,
+        rows: Sequence[Sequence[float]],
+        row_labels: Sequence[str],
+        column_labels: Sequence[Sequence[str]],
+        scale: float,
     ) -> Iterator[str]:
-        """The lines of a table of numbers from 0 to 1, as percentages on their colours.
+        """The lines of a table of probabilities, in per cent on their colours.
 
         Args:
-            rows: The numbers `[row][column]`; colours run from 0 to 1.
+            rows: The probabilities `[row][column]`.
             row_labels: One label a row.
-            column_labels: One or more lines of labels above the columns; columns that do not fit the width follow below.
+            column_labels: One or more lines of labels above the columns; columns too many for the width go below.
+            scale: The probability at the upper end of the colours.
         """
-        margin = max(map(len, row_labels)) + 1
+        margin = max(map(len, row_labels)) + 2
+        columns = len(column_labels[0])
         longest = max(display_width(label) for line in column_labels for label in line)
-        count = len(column_labels[0])
-        size = min(max((self.width - margin) // count, 5), max(longest + 1, 5))
+        size = max(min((self.width - margin) // columns, longest + 1), 6)
         step = max((self.width - margin) // size, 1)
-        for start in range(0, count, step):
+        digits = 0 if scale >= 0.1 else 1
+        for start in range(0, columns, step):
             part = slice(start, start + step)
-            if start:
-                yield ""
             for line in column_labels:
-                yield " " * margin + "".join(fit(label, size - 1).rjust(0) + " " for label in line[part]).rstrip()
+                yield " " * margin + "".join(centre(label, size) for label in line[part])
             for name, values in zip(row_labels, rows, strict=True):
-                cells = (self.paint(f"{100 * value:{size - 2}.0f}  ", value) for value in values[part])
-                yield f"{name:>{margin - 1}} " + "".join(cells)
+                cells = (
+                    self.paint(centre(f"{100 * value:.{digits}f}", size), value / scale) for value in values[part]
+                )
+                yield f"{name:<{margin}}" + "".join(cells)
+            yield ""
+        if self.colours:
+            steps = 24
+            bar = "".join(self.paint(" ", i / (steps - 1)) for i in range(steps))
+            yield f"{'':<{margin}}0 {bar} {100 * scale:.{digits}f} %"
 
     def _style(self, text: str, code: str) -> str:
         return f"\x1b[{code}m{text}\x1b[0m" if self.colours else text
@@ -119,6 +130,13 @@ def fit(text: str, width: int) -> str:
             text = text[:-1]
         text += "…"
     return text + " " * (width - display_width(text))
+
+
+def centre(text: str, width: int) -> str:
+    """`text` in the middle of `width` columns, cut to leave one free."""
+    text = fit(text, min(display_width(text), width - 1))
+    room = width - display_width(text)
+    return " " * ((room + 1) // 2) + text + " " * (room // 2)
 
 
 def _columns(character: str) -> int:

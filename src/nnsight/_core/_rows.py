@@ -1,0 +1,134 @@
+"""Rows: an invoke's part of a batch, in values of any layout.
+
+Which dimension of a tensor follows the batch is learnt, not guessed (see `_layouts`): a dimension as long as
+the batch may belong to something else, and a router's `[batch * seq, d]` has no dimension of that length.
+"""
+
+from __future__ import annotations
+
+from typing import Any, NamedTuple
+
+import torch
+
+from ..errors import EditError, RowsError
+from ._tensors import map_tensors, tensors_in
+
+SHARED = -1  # a tensor that all rows have in common
+UNKNOWN = -2  # a tensor whose rows cannot be told apart
+
+Layout = list[int]  # for each tensor in a value, the dimension that follows the batch, or one of the above
+
+
+class Rows(NamedTuple):
+    """Rows `start` to `start + size` of a batch of `total`."""
+
+    start: int
+    size: int
+    total: int
+
+    def span(self, length: int, path: str) -> tuple[int, int]:
+        """The part of a dimension of `length` that belongs to these rows."""
+        each, rest = divmod(length, self.total)
+        if rest or not each:
+            raise RowsError(_UNEVEN.format(path=path, length=length, total=self.total))
+        return self.start * each, self.size * each
+
+
+def take(value: Any, layout: Layout, rows: Rows, path: str) -> Any:
+    """`value` with every tensor narrowed to `rows`; views, so that in-place edits reach the model."""
+    dims = iter(layout)
+
+    def narrow(tensor: torch.Tensor) -> torch.Tensor:
+        dim = next(dims)
+        if dim == SHARED:
+            return tensor
+        if dim == UNKNOWN:
+            raise RowsError(_UNKNOWN.format(path=path, shape=list(tensor.shape)))
+        return tensor.narrow(dim, *rows.span(tensor.shape[dim], path))
+
+    return map_tensors(narrow, value)
+
+
+def put(value: Any, layout: Layout, rows: Rows, seen: Any, new: Any, path: str) -> Any:
+    """`new`, which stands for `rows` alone, as a value of the whole batch.
+
+    `seen` is what the block was given for these rows: a tensor of it, or of `value`, that is still in `new` means "as
+    it was".
+    """
+    whole, parts, views = tensors_in(value), tensors_in(new), tensors_in(seen)
+    if len(whole) != len(parts):
+        raise EditError(
+            f"{path} holds {len(whole)} tensors and was assigned {len(parts)}: in a batch of several invokes an assigned "
+            "value must have the form of the one it replaces."
+        )
+    merged = []
+    for i, (old, part) in enumerate(zip(whole, parts, strict=True)):
+        unchanged = part is old or (i < len(views) and part is views[i])
+        merged.append(old if unchanged else _merge(old, part, layout[i], rows, path))
+    following = iter(merged)
+    return map_tensors(lambda _: next(following), new)
+
+
+def _merge(old: torch.Tensor, part: torch.Tensor, dim: int, rows: Rows, path: str) -> torch.Tensor:
+    if dim < 0:
+        kind = _SHARED if dim == SHARED else _UNKNOWN
+        raise RowsError(kind.format(path=path, shape=list(old.shape)))
+    start, size = rows.span(old.shape[dim], path)
+    expected = [*old.shape[:dim], size, *old.shape[dim + 1 :]]
+    if list(part.shape) != expected:
+        try:
+            part = part.expand(expected)
+        except RuntimeError:
+            raise EditError(
+                f"{path} was assigned a tensor of shape {list(part.shape)}; the rows of this invoke have {expected}."
+            ) from None
+    end = start + size
+    pieces = (old.narrow(dim, 0, start), part.to(old), old.narrow(dim, end, old.shape[dim] - end))
+    return torch.cat([piece for piece in pieces if piece.shape[dim]], dim)
+
+
+def join_views(value: Any, layout: Layout, views: list[tuple[Rows, Any]], path: str) -> Any:
+    """`value` composed of the views that blocks hold, so that gradients pass through them."""
+    held = [(rows, tensors_in(seen)) for rows, seen in views]
+    position = iter(range(len(layout)))
+
+    def join(tensor: torch.Tensor) -> torch.Tensor:
+        i = next(position)
+        dim = layout[i]
+        if dim < 0 or not tensor.requires_grad:
+            return tensor
+        pieces, at = [], 0
+        for rows, tensors in sorted(held, key=lambda pair: pair[0].start):
+            start, size = rows.span(tensor.shape[dim], path)
+            if start < at or tensors[i].shape[dim] != size:
+                return tensor
+            pieces += [tensor.narrow(dim, at, start - at), tensors[i]]
+            at = start + size
+        pieces.append(tensor.narrow(dim, at, tensor.shape[dim] - at))
+        return torch.cat([piece for piece in pieces if piece.shape[dim]], dim)
+
+    return map_tensors(join, value)
+
+
+def changed_shared(value: Any, layout: Layout, versions: list[tuple[torch.Tensor, int]]) -> bool:
+    """Whether a tensor that all rows share was changed in place."""
+    before = {id(tensor): version for tensor, version in versions}
+    return any(
+        dim == SHARED and id(tensor) in before and tensor._version != before[id(tensor)]
+        for tensor, dim in zip(tensors_in(value), layout, strict=False)
+    )
+
+
+_UNEVEN = """\
+{path} has a dimension of {length} here, which does not divide into the {total} rows of the batch: the rows of one \
+invoke cannot be told from another's. Read it in a trace of this input alone, or in tracer.invoke() without input, which \
+sees the whole batch."""
+
+_UNKNOWN = """\
+The rows of one invoke cannot be told from another's at {path} (shape {shape}): its layout depends on the data, or does \
+not follow the batch in one dimension. Read it in a trace of this input alone, or in tracer.invoke() without input, which \
+sees the whole batch."""
+
+_SHARED = """\
+{path} (shape {shape}) is shared by all rows of the batch, so one invoke cannot change it for itself alone. Change it in \
+tracer.invoke() without input, for the whole batch, or trace this input alone."""

@@ -1,0 +1,3 @@
+"""Figures of results; needs the `plots` extra."""
+
+from ._heatmap import heatmap as heatmap

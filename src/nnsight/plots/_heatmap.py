@@ -1,0 +1,139 @@
+"""heatmap: a table of numbers as colours."""
+
+from __future__ import annotations
+
+import math
+import os
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+    from matplotlib.figure import Figure
+    from matplotlib.image import AxesImage
+
+# In inches.
+_CELL = (0.55, 0.34)  # of a small table; larger ones get narrower cells
+_LARGEST = (14.0, 10.0)  # the cells of a table together
+_LETTER = (0.075, 0.13)  # of tick labels and annotations, as drawn at _FONT points
+_FONT = 9
+
+
+def heatmap(
+    values: Any,
+    *,
+    rows: Sequence[str],
+    columns: Sequence[str],
+    title: str = "",
+    value_label: str = "",
+    path: str | os.PathLike[str] | None = None,
+) -> Figure:
+    """Draw a table of numbers as colours, with each number in its cell where there is room.
+
+    Numbers of one sign get a scale that is even in lightness; those of both signs one that is lightest at zero.
+    Either can be read by people who see few colours, and no window is ever opened.
+
+    Example:
+        >>> from nnsight.plots import heatmap
+        >>> figure = heatmap([[0.1, 0.9], [0.4, 0.2]], rows=["layer 0", "layer 1"], columns=["The", "city"])
+        >>> figure.savefig("grid.png")      # doctest: +SKIP
+
+    Args:
+        values: Numbers `[row, column]`: a tensor, an array or lists. NaN leaves a cell grey.
+        rows: A label for each row, from the top.
+        columns: A label for each column.
+        title: What the figure shows.
+        value_label: What the numbers are, with their unit.
+        path: A file to write too; its ending names the format.
+
+    Returns:
+        The figure, a `matplotlib.figure.Figure`.
+
+    Raises:
+        ValueError: There are not as many labels as rows or columns.
+        ImportError: matplotlib is not installed.
+    """
+    table = torch.as_tensor(values).detach().to("cpu", torch.float64)
+    if table.shape != (len(rows), len(columns)) or not table.numel():
+        raise ValueError(
+            f"A heat map of {len(rows)} rows and {len(columns)} columns needs values of shape "
+            f"[{len(rows)}, {len(columns)}], at least one; these are {list(table.shape)}."
+        )
+    figure_class = _import_figure()
+    width, height = (min(n * cell, most) for n, cell, most in zip(table.T.shape, _CELL, _LARGEST, strict=True))
+    figure = figure_class(figsize=(max(width, 2.5) + 2.2, max(height, 1.2) + 1.8), layout="constrained")
+    axes = figure.subplots()
+    image = _draw_cells(axes, table)
+    figure.colorbar(image, ax=axes, label=value_label)
+    cell = (width / len(columns), height / len(rows))
+    _label_ticks(axes, rows, columns, cell)
+    _annotate(axes, image, table, cell)
+    axes.set_title(title, fontsize=_FONT + 2, loc="left")
+    if path is not None:
+        figure.savefig(path, dpi=150, bbox_inches="tight")
+    return figure
+
+
+def _import_figure() -> type[Figure]:
+    try:
+        from matplotlib.figure import Figure
+    except ImportError as error:
+        raise ImportError('Figures need matplotlib: pip install "nnsight[plots]"') from error
+    return Figure
+
+
+def _draw_cells(axes: Axes, table: torch.Tensor) -> AxesImage:
+    from matplotlib import colormaps
+
+    known = table[table.isfinite()]
+    low, high = (known.min().item(), known.max().item()) if known.numel() else (0.0, 1.0)
+    name = "viridis"
+    if low < 0 < high:
+        name, high = "PuOr_r", max(-low, high)
+        low = -high
+    elif low == high:
+        low, high = min(low, 0.0), max(high, 0.0) or 1.0
+    colours = colormaps[name].with_extremes(bad="0.85")
+    return axes.imshow(table.numpy(), cmap=colours, vmin=low, vmax=high, aspect="auto", interpolation="nearest")
+
+
+def _label_ticks(axes: Axes, rows: Sequence[str], columns: Sequence[str], cell: tuple[float, float]) -> None:
+    """Name every row and column, or every few where the names would overlap."""
+    letter, line = _LETTER
+    longest = max(len(part) for name in columns for part in name.split("\n"))
+    upright = longest * letter > cell[0]
+    lines = max(name.count("\n") + 1 for name in columns)
+    needed = (lines * line if upright else 0.0, line)
+    for axis, names, size, room in zip((axes.xaxis, axes.yaxis), (columns, rows), cell, needed, strict=True):
+        step = max(math.ceil(room / size), 1)
+        axis.set_ticks(range(0, len(names), step), [_literal(name) for name in names[::step]], fontsize=_FONT)
+    axes.tick_params(length=0)
+    if upright:
+        axes.tick_params(axis="x", rotation=90)
+
+
+def _annotate(axes: Axes, image: AxesImage, table: torch.Tensor, cell: tuple[float, float]) -> None:
+    """Write the numbers into the cells, unless one of them would not fit."""
+    digits = _digits(table)
+    texts = [[f"{value:.{digits}f}" for value in row] for row in table.tolist()]
+    letter, line = _LETTER
+    if max(len(text) for row in texts for text in row) * letter > cell[0] or line > cell[1]:
+        return
+    for i, row in enumerate(texts):
+        for j, text in enumerate(row):
+            if table[i, j].isfinite():
+                red, green, blue, _ = image.to_rgba(table[i, j].item())
+                ink = "black" if 0.299 * red + 0.587 * green + 0.114 * blue > 0.5 else "white"
+                axes.text(j, i, text, ha="center", va="center", fontsize=_FONT - 1, color=ink)
+
+
+def _digits(table: torch.Tensor) -> int:
+    """Decimals that show two digits of the largest number."""
+    largest = table[table.isfinite()].abs().max().item() if table.isfinite().any() else 0.0
+    return 2 if largest == 0 else min(max(1 - math.floor(math.log10(largest) + 0.01), 0), 9)
+
+
+def _literal(text: str) -> str:
+    return text.replace("$", r"\$")  # else matplotlib reads what stands between two of them as a formula
