@@ -140,18 +140,17 @@ class TestModesOfTheBody:
 
     @pytest.mark.parametrize("context", CONTEXTS, ids=NAMES)
     def test_around_the_trace_hold_in_the_model(self, context, x):
-        if context is meta:
-            pytest.skip("a real input on a meta device block computes nothing")
         net, model = wrapped(Net)
+        expected = expected_in(context)
         with context():
             with model.trace(x):
-                assert modes() == expected_in(context)
+                assert modes() == expected
                 model.layers[1].output
-                assert modes() == expected_in(context)
+                assert modes() == expected
                 out = model.output
-        assert seen(net) == [expected_in(context)] * 3
+        assert seen(net) == [expected] * 3
         with context():
-            assert torch.equal(out, net(x))
+            assert torch.equal(out, net(x)) or out.is_meta
 
     @pytest.mark.parametrize("context", CONTEXTS, ids=NAMES)
     def test_are_gone_after_an_error_in_them(self, context, x):

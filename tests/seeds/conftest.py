@@ -1,4 +1,4 @@
-"""What the documents' snippets take for granted (`model`, Llama's names), and the oracle they are compared with."""
+"""What the documents' snippets take for granted (`model`, Llama's names), and the oracle of the tests."""
 
 from __future__ import annotations
 
@@ -43,7 +43,7 @@ class Plain:
         self.tokenizer = model.tokenizer
 
     def encode(self, *prompts: str) -> dict[str, torch.Tensor]:
-        """`input_ids`, `attention_mask` and, where one prompt is shorter, `position_ids`, padded on the left."""
+        """Ids, mask and, where one prompt is shorter, positions `[batch, seq]`, padded on the left."""
         rows = [self.tokenizer(prompt)["input_ids"] for prompt in prompts]
         size = max(map(len, rows))
         pad = self.module.config.eos_token_id
@@ -84,7 +84,7 @@ class Plain:
         return ids, seen
 
     def patterns(self, prompt: str) -> tuple[torch.Tensor, ...]:
-        """The attention probabilities `[batch, head, query, key]` of every layer, by the model's eager attention."""
+        """Each layer's attention probabilities `[batch, head, query, key]`, by eager attention."""
         eager = copy.deepcopy(self.module)
         eager.set_attn_implementation("eager")
         with torch.no_grad():
@@ -101,7 +101,8 @@ class Plain:
 
             return change
 
-        handles = [self.module.get_submodule(p).register_forward_hook(hook(edit)) for p, edit in edits.items()]
+        modules = {path: self.module.get_submodule(path) for path in edits}
+        handles = [modules[path].register_forward_hook(hook(edit)) for path, edit in edits.items()]
         try:
             yield
         finally:
@@ -122,9 +123,8 @@ class Plain:
             return record
 
         modules = dict(self.module.named_modules())
-        handles = [
-            modules[path].register_forward_hook(hook(path), with_kwargs=True) for path in paths or list(modules)
-        ]
+        paths = paths or tuple(modules)
+        handles = [modules[path].register_forward_hook(hook(path), with_kwargs=True) for path in paths]
         try:
             yield seen
         finally:

@@ -12,41 +12,40 @@ CLEAN = "The Eiffel Tower is in the city of"
 CORRUPTED = "The Colosseum is in the city of"
 
 
-def test_basic_usage(hub_cache, plain, capsys):
-    with pytest.warns(OutOfOrderWarning) as warned:  # layer 3 is read after layer 5
-        from nnsight import LanguageModel
-        import torch
+def test_basic_usage(hub_cache, plain, capsys, recwarn):
+    from nnsight import LanguageModel
+    import torch
 
-        model = LanguageModel(
-          'gpt2',
-          device_map='auto')
+    model = LanguageModel(
+      'gpt2',
+      device_map='auto')
 
-        with model.trace(
-          'The capital of France'
-        ) as tracer:
-          # Get hidden states
-          # from layer 5
-          hidden = model\
-            .transformer\
-            .h[5].output[0]
-          hidden_saved = (
-            hidden.save())
+    with model.trace(
+      'The capital of France'
+    ) as tracer:
+      # Get hidden states
+      # from layer 5
+      hidden = model\
+        .transformer\
+        .h[5].output[0]
+      hidden_saved = (
+        hidden.save())
 
-          # Get attention
-          # pattern from layer 3
-          attn = model\
-            .transformer\
-            .h[3].attn\
-            .output[0]
-          attn_saved = (
-            attn.save())
+      # Get attention
+      # pattern from layer 3
+      attn = model\
+        .transformer\
+        .h[3].attn\
+        .output[0]
+      attn_saved = (
+        attn.save())
 
-        print(
-          f'Hidden shape: '
-          f'{hidden_saved.shape}')
-        print(
-          f'Attn shape: '
-          f'{attn_saved.shape}')
+    print(
+      f'Hidden shape: '
+      f'{hidden_saved.shape}')
+    print(
+      f'Attn shape: '
+      f'{attn_saved.shape}')
 
     reference = plain(model)
     expected = reference.run("The capital of France")
@@ -54,7 +53,8 @@ def test_basic_usage(hub_cache, plain, capsys):
     assert_close(attn_saved, expected["transformer.h.3.attn"])
     shape = f"torch.Size([1, {reference.length('The capital of France')}, {model.config.n_embd}])"
     assert capsys.readouterr().out == f"Hidden shape: {shape}\nAttn shape: {shape}\n"
-    assert len(warned) == 1
+    # Layer 3 is read after layer 5.
+    assert [warning.category for warning in recwarn] == [OutOfOrderWarning]
 
 
 def define():

@@ -1,5 +1,6 @@
 """Document 002, snippet by snippet, as printed."""
 # fmt: off
+# ruff: noqa: B905, I001, RET504
 
 import pytest
 import torch
@@ -63,36 +64,36 @@ def test_language_model_wrapper(llama):
     assert all(parameter.is_meta for parameter in model._model.parameters())
 
 
-def test_tracing_context(hub_cache, plain, capsys):
-    with pytest.warns(OutOfOrderWarning) as warned:  # the attention of layer 5 is read after the layer
-        from nnsight import LanguageModel
+def test_tracing_context(hub_cache, plain, capsys, recwarn):
+    from nnsight import LanguageModel
 
-        model = LanguageModel("gpt2", device_map="auto")
+    model = LanguageModel("gpt2", device_map="auto")
 
-        with model.trace("The Eiffel Tower is in") as tracer:
-            # Access any module's output
-            hidden_states = model.transformer.h[5].output[0].save()
+    with model.trace("The Eiffel Tower is in") as tracer:
+        # Access any module's output
+        hidden_states = model.transformer.h[5].output[0].save()
 
-            # Access attention patterns
-            attn = model.transformer.h[5].attn.attn_dropout.input[0][0].save()
+        # Access attention patterns
+        attn = model.transformer.h[5].attn.attn_dropout.input[0][0].save()
 
-            # Modify activations
-            model.transformer.h[8].output[0][:] = 0  # Zero out layer 8
+        # Modify activations
+        model.transformer.h[8].output[0][:] = 0  # Zero out layer 8
 
-            # Get final output
-            logits = model.output.save()
+        # Get final output
+        logits = model.output.save()
 
-        # After context exits, access saved values
-        print(hidden_states.shape)  # [batch, seq, hidden]
+    # After context exits, access saved values
+    print(hidden_states.shape)  # [batch, seq, hidden]
 
     reference = plain(model)
     expected = reference.run(EIFFEL, edits={"transformer.h.8": zeros})
     assert torch.equal(hidden_states, expected["transformer.h.5"])
     assert_close(logits.logits, expected.logits)
-    # `.input` is the first positional argument [batch, head, query, key]: [0][0] is the first row's first head.
+    # `.input` is the first argument [batch, head, query, key]: [0][0] is the first row's first head.
     assert_close(attn, reference.patterns(EIFFEL)[5][0][0])
     assert capsys.readouterr().out == f"torch.Size([1, {reference.length(EIFFEL)}, {model.config.n_embd}])\n"
-    assert len(warned) == 1
+    # The attention of layer 5 is read after the layer.
+    assert [warning.category for warning in recwarn] == [OutOfOrderWarning]
 
 
 def test_proxy_objects(model, plain):
@@ -105,42 +106,41 @@ def test_proxy_objects(model, plain):
     assert torch.equal(h5_saved, plain(model).run("Hello")["transformer.h.5"].mean(dim=-1))
 
 
-def test_workflow_1_activation_analysis(hub_cache, plain, capsys):
-    with pytest.warns(OutOfOrderWarning) as warned:  # the attentions are read after the layers
-        from nnsight import LanguageModel
-        import torch  # noqa: I001
+def test_workflow_1_activation_analysis(hub_cache, plain, capsys, recwarn):
+    from nnsight import LanguageModel
+    import torch
 
-        model = LanguageModel("gpt2", device_map="auto")
+    model = LanguageModel("gpt2", device_map="auto")
 
-        prompt = "The capital of France is"
+    prompt = "The capital of France is"
 
-        with model.trace(prompt) as tracer:
-            # 1. Collect activations from multiple layers
-            layer_outputs = []
-            for i in range(12):  # GPT-2 has 12 layers
-                layer_out = model.transformer.h[i].output[0].save()
-                layer_outputs.append(layer_out)
+    with model.trace(prompt) as tracer:
+        # 1. Collect activations from multiple layers
+        layer_outputs = []
+        for i in range(12):  # GPT-2 has 12 layers
+            layer_out = model.transformer.h[i].output[0].save()
+            layer_outputs.append(layer_out)
 
-            # 2. Get attention patterns
-            attn_patterns = []
-            for i in range(12):
-                # Access attention weights (after softmax)
-                attn = model.transformer.h[i].attn.attn_dropout.input[0][0].save()
-                attn_patterns.append(attn)
+        # 2. Get attention patterns
+        attn_patterns = []
+        for i in range(12):
+            # Access attention weights (after softmax)
+            attn = model.transformer.h[i].attn.attn_dropout.input[0][0].save()
+            attn_patterns.append(attn)
 
-            # 3. Get final logits
-            logits = model.output.save()
+        # 3. Get final logits
+        logits = model.output.save()
 
-        # 4. Analyze outside context
-        for i, layer_out in enumerate(layer_outputs):
-            print(f"Layer {i} output shape: {layer_out.shape}")
-            print(f"Layer {i} norm: {layer_out.norm().item():.3f}")
+    # 4. Analyze outside context
+    for i, layer_out in enumerate(layer_outputs):
+        print(f"Layer {i} output shape: {layer_out.shape}")
+        print(f"Layer {i} norm: {layer_out.norm().item():.3f}")
 
-        # 5. Find top predictions
-        probs = torch.softmax(logits[0, -1], dim=-1)
-        top_tokens = probs.topk(5)
-        for token, prob in zip(top_tokens.indices, top_tokens.values):  # noqa: B905
-            print(f"{model.tokenizer.decode(token)}: {prob.item():.3f}")
+    # 5. Find top predictions
+    probs = torch.softmax(logits[0, -1], dim=-1)
+    top_tokens = probs.topk(5)
+    for token, prob in zip(top_tokens.indices, top_tokens.values):
+        print(f"{model.tokenizer.decode(token)}: {prob.item():.3f}")
 
     assert model.config.n_layer == 12
     reference = plain(model)
@@ -160,12 +160,13 @@ def test_workflow_1_activation_analysis(hub_cache, plain, capsys):
     for token, prob in zip(top.indices, top.values, strict=True):
         lines.append(f"{model.tokenizer.decode(token)}: {prob.item():.3f}")
     assert capsys.readouterr().out == "\n".join(lines) + "\n"
-    assert len(warned) == 1
+    # The attentions are read after the layers.
+    assert [warning.category for warning in recwarn] == [OutOfOrderWarning]
 
 
 def test_workflow_2_activation_patching(hub_cache, plain, capsys):
     from nnsight import LanguageModel
-    import torch  # noqa: I001
+    import torch
 
     model = LanguageModel("gpt2", device_map="auto")
 
@@ -205,7 +206,7 @@ def test_workflow_2_activation_patching(hub_cache, plain, capsys):
 
 def test_systematic_patching_sweep(model, plain):
     reference = plain(model)
-    clean_prompt, corrupted = "The Eiffel Tower is in the city of", "The Colosseum is in the city of"
+    clean_prompt, corrupted = EIFFEL, COLOSSEUM
     with model.trace(clean_prompt):
         clean_hidden = [layer.output[0].save() for layer in model.transformer.h]
     seq_len = reference.length(corrupted)
@@ -346,7 +347,7 @@ def test_workflow_4_cross_prompt_activation_sharing(hub_cache, plain):
 
 def test_workflow_5_gradients(hub_cache, plain, capsys):
     from nnsight import LanguageModel
-    import torch  # noqa: I001
+    import torch
 
     model = LanguageModel("gpt2", device_map="auto")
 
@@ -382,16 +383,18 @@ def test_module_path_differs_between_models(model, llama, plain, prompt, capsys)
     gpt2, llama_model = model, LanguageModel("meta-llama/Llama-3.1-8B")
     with model.trace(prompt):
         # GPT-2 structure
-        found = \
         model.transformer.h[5].output[0]
+
+        found = model.transformer.h[5].output[0]
 
     assert torch.equal(found, plain(model).run(prompt)["transformer.h.5"])
 
     model = llama_model
     with model.trace(prompt):
         # LLaMA structure
-        found = \
         model.model.layers[5].output[0]
+
+        found = model.model.layers[5].output[0]
 
     assert torch.equal(found, plain(model).run(prompt)["model.layers.5"])
 
@@ -437,25 +440,25 @@ def test_remote_timeout(llama, keys):
         pass
 
 
-def test_memory_with_many_saved_activations(gpt2, plain):
+def test_memory_with_many_saved_activations(gpt2, plain, recwarn):
     from transformers import GPT2Config, GPT2LMHeadModel
 
     config = GPT2Config(vocab_size=len(gpt2.tokenizer), n_embd=8, n_layer=100, n_head=2, n_positions=32)
     model = LanguageModel(GPT2LMHeadModel(config).eval(), tokenizer=gpt2.tokenizer)
 
-    with pytest.warns(OutOfOrderWarning) as warned:  # three layers are read a second time
-        # Only save what you need
-        with model.trace("prompt"):
-            # Don't save everything
-            for i in range(100):
-                model.transformer.h[i].output[0].save()  # Memory heavy!
+    # Only save what you need
+    with model.trace("prompt"):
+        # Don't save everything
+        for i in range(100):
+            model.transformer.h[i].output[0].save()  # Memory heavy!
 
-            # Better: save specific layers
-            key_layers = [0, 5, 11]
-            for i in key_layers:
-                model.transformer.h[i].output[0].save()
+        # Better: save specific layers
+        key_layers = [0, 5, 11]
+        for i in key_layers:
+            model.transformer.h[i].output[0].save()
 
-    assert len(warned) == 1
+    # Three layers are read a second time.
+    assert [warning.category for warning in recwarn] == [OutOfOrderWarning]
 
 
 def test_memory_with_few_saved_activations(model, plain):
@@ -464,8 +467,7 @@ def test_memory_with_few_saved_activations(model, plain):
         # Better: save specific layers
         key_layers = [0, 5, 11]
         for i in key_layers:
-            saved[i] = \
-            model.transformer.h[i].output[0].save()
+            saved[i] = model.transformer.h[i].output[0].save()
 
     expected = plain(model).run("prompt")
     for i in key_layers:

@@ -1,5 +1,6 @@
 """Document 003, snippet by snippet, as printed."""
 # fmt: off
+# ruff: noqa: C408
 
 import itertools
 
@@ -67,19 +68,19 @@ def test_tracing_context(model, plain, capsys):
     assert capsys.readouterr().out == f"torch.Size({shape})\n"
 
 
-def test_accessing_module_values(model, plain, prompt):
-    with pytest.warns(OutOfOrderWarning) as warned:  # the attention is read after its layer
-        with model.trace(prompt):
-            layer_output = model.transformer.h[0].output[0].save()
-            layer_input = model.transformer.h[0].input[0].save()
-            attn_output = model.transformer.h[0].attn.output[0].save()
+def test_accessing_module_values(model, plain, prompt, recwarn):
+    with model.trace(prompt):
+        layer_output = model.transformer.h[0].output[0].save()
+        layer_input = model.transformer.h[0].input[0].save()
+        attn_output = model.transformer.h[0].attn.output[0].save()
 
     expected = plain(model).run(prompt)
     assert torch.equal(layer_output, expected["transformer.h.0"])
     # `.input` is the first positional argument, the hidden states: [0] is the first row.
     assert torch.equal(layer_input, expected.inputs["transformer.h.0"][0][0])
     assert_close(attn_output, expected["transformer.h.0.attn"])
-    assert len(warned) == 1
+    # The attention is read after its layer.
+    assert [warning.category for warning in recwarn] == [OutOfOrderWarning]
 
 
 def test_saving_values(model, plain, prompt):
@@ -123,7 +124,8 @@ def test_add_noise(model, plain, prompt):
     assert noise.shape == clean.shape
     assert noise.any()
     assert torch.equal(seen.inputs["transformer.h.6"][0], clean + noise)
-    assert_close(seen.logits, reference.run(prompt, edits={"transformer.h.5": lambda hidden: hidden + noise}).logits)
+    edits = {"transformer.h.5": lambda hidden: hidden + noise}
+    assert_close(seen.logits, reference.run(prompt, edits=edits).logits)
 
 
 def test_replace_with_custom_values(model, plain, prompt):
@@ -306,9 +308,10 @@ def test_cache_of_all_module_outputs(model, plain, prompt):
     expected = plain(model).run(prompt)
     assert torch.equal(cache.model.lm_head.output, expected.logits)
     for i in range(model.config.n_layer):
-        assert torch.equal(cache.model.transformer.h[i].output[0], expected[f"transformer.h.{i}"])
-        assert torch.equal(cache[f"model.transformer.h.{i}.attn"].output[0], expected[f"transformer.h.{i}.attn"])
-        assert torch.equal(cache[f"model.transformer.h.{i}.mlp"].output, expected[f"transformer.h.{i}.mlp"])
+        path = f"transformer.h.{i}"
+        assert torch.equal(cache.model.transformer.h[i].output[0], expected[path])
+        assert torch.equal(cache[f"model.{path}.attn"].output[0], expected[f"{path}.attn"])
+        assert torch.equal(cache[f"model.{path}.mlp"].output, expected[f"{path}.mlp"])
 
 
 @pytest.mark.skip(reason="needs the remote server")

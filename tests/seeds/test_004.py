@@ -1,7 +1,6 @@
 """Document 004, snippet by snippet; the line breaks, which the document lost, are restored."""
 # fmt: off
-
-import inspect
+# ruff: noqa: B905, I001
 
 import pytest
 import torch
@@ -52,7 +51,7 @@ def test_first_trace(hub_cache, plain, capsys):
 
 def test_tracing_and_proxy_objects(hub_cache, plain, capsys):
     from nnsight import LanguageModel
-    import torch  # noqa: I001
+    import torch
 
     model = LanguageModel("gpt2", device_map="auto")
 
@@ -81,38 +80,37 @@ def test_tracing_and_proxy_objects(hub_cache, plain, capsys):
     assert capsys.readouterr().out == f"{h5_saved}\ntorch.Size({shape})\n"
 
 
-def test_multi_layer_activation_analysis(hub_cache, plain, capsys):
-    with pytest.warns(OutOfOrderWarning) as warned:  # the attentions are read after the layers
-        from nnsight import LanguageModel
-        import torch  # noqa: I001
+def test_multi_layer_activation_analysis(hub_cache, plain, capsys, recwarn):
+    from nnsight import LanguageModel
+    import torch
 
-        model = LanguageModel("gpt2", device_map="auto")
+    model = LanguageModel("gpt2", device_map="auto")
 
-        prompt = "The capital of France is"
+    prompt = "The capital of France is"
 
-        with model.trace(prompt) as tracer:
-            # Collect activations from all 12 layers
-            layer_outputs = []
-            for i in range(12):
-                layer_out = model.transformer.h[i].output[0].save()
-                layer_outputs.append(layer_out)
+    with model.trace(prompt) as tracer:
+        # Collect activations from all 12 layers
+        layer_outputs = []
+        for i in range(12):
+            layer_out = model.transformer.h[i].output[0].save()
+            layer_outputs.append(layer_out)
 
-            # Collect attention patterns
-            attn_patterns = []
-            for i in range(12):
-                attn = model.transformer.h[i].attn.attn_dropout.input[0][0].save()
-                attn_patterns.append(attn)
+        # Collect attention patterns
+        attn_patterns = []
+        for i in range(12):
+            attn = model.transformer.h[i].attn.attn_dropout.input[0][0].save()
+            attn_patterns.append(attn)
 
-            logits = model.output.save()
+        logits = model.output.save()
 
-        # Analyze layer norms and top predictions
-        for i, layer_out in enumerate(layer_outputs):
-            print(f"Layer {i}: norm={layer_out.norm().item():.3f}")
+    # Analyze layer norms and top predictions
+    for i, layer_out in enumerate(layer_outputs):
+        print(f"Layer {i}: norm={layer_out.norm().item():.3f}")
 
-        probs = torch.softmax(logits[0, -1], dim=-1)
-        top_tokens = probs.topk(5)
-        for token, prob in zip(top_tokens.indices, top_tokens.values):  # noqa: B905
-            print(f" {model.tokenizer.decode(token)}: {prob.item():.3f}")
+    probs = torch.softmax(logits[0, -1], dim=-1)
+    top_tokens = probs.topk(5)
+    for token, prob in zip(top_tokens.indices, top_tokens.values):
+        print(f" {model.tokenizer.decode(token)}: {prob.item():.3f}")
 
     assert model.config.n_layer == 12
     reference = plain(model)
@@ -129,12 +127,13 @@ def test_multi_layer_activation_analysis(hub_cache, plain, capsys):
     for token, prob in zip(top.indices, top.values, strict=True):
         lines.append(f" {model.tokenizer.decode(token)}: {prob.item():.3f}")
     assert capsys.readouterr().out == "\n".join(lines) + "\n"
-    assert len(warned) == 1
+    # The attentions are read after the layers.
+    assert [warning.category for warning in recwarn] == [OutOfOrderWarning]
 
 
 def test_activation_patching(hub_cache, plain, capsys):
     from nnsight import LanguageModel
-    import torch  # noqa: I001
+    import torch
 
     model = LanguageModel("gpt2", device_map="auto")
 
@@ -194,7 +193,7 @@ def test_systematic_patching_sweep(model, plain):
 
         return results
 
-    clean_prompt, corrupted_prompt = "The Eiffel Tower is in the city of", "The Colosseum is in the city of"
+    clean_prompt, corrupted_prompt = EIFFEL, COLOSSEUM
     paris_token = model.tokenizer.encode(" Paris")[0]
     results = patch_sweep(model, clean_prompt, corrupted_prompt, paris_token)
 
@@ -256,7 +255,7 @@ def test_cross_prompt_activation_sharing(hub_cache, plain):
 
 def test_gradient_based_analysis(hub_cache, plain, capsys):
     from nnsight import LanguageModel
-    import torch  # noqa: I001
+    import torch
 
     model = LanguageModel("gpt2", device_map="auto")
 
@@ -279,14 +278,22 @@ def test_gradient_based_analysis(hub_cache, plain, capsys):
 
 # | Model | Layer Access | Attention Access |
 PATHS = {
-    "GPT2": ("transformer.h.{}", lambda model, i: model.transformer.h[i].output[0], "attn",
-             lambda model, i: model.transformer.h[i].attn),
-    "Llama": ("model.layers.{}", lambda model, i: model.model.layers[i].output[0], "self_attn",
-              lambda model, i: model.model.layers[i].self_attn),
-    "Mistral": ("model.layers.{}", lambda model, i: model.model.layers[i].output[0], "self_attn",
-                lambda model, i: model.model.layers[i].self_attn),
-    "GPTNeoX": ("gpt_neox.layers.{}", lambda model, i: model.gpt_neox.layers[i].output[0], "attention",
-                lambda model, i: model.gpt_neox.layers[i].attention),
+    "GPT2LMHeadModel": (
+        lambda model, i: model.transformer.h[i].output[0],
+        lambda model, i: model.transformer.h[i].attn,
+    ),
+    "LlamaForCausalLM": (
+        lambda model, i: model.model.layers[i].output[0],
+        lambda model, i: model.model.layers[i].self_attn,
+    ),
+    "MistralForCausalLM": (
+        lambda model, i: model.model.layers[i].output[0],
+        lambda model, i: model.model.layers[i].self_attn,
+    ),
+    "GPTNeoXForCausalLM": (
+        lambda model, i: model.gpt_neox.layers[i].output[0],
+        lambda model, i: model.gpt_neox.layers[i].attention,
+    ),
 }
 
 
@@ -294,25 +301,29 @@ PATHS = {
 def test_model_architecture_paths(gpt2, plain, prompt, family):
     import transformers
 
-    options = {"hidden_size": 16, "intermediate_size": 32, "num_hidden_layers": 3, "num_attention_heads": 2}
-    if family in ("Llama", "Mistral"):
-        options["num_key_value_heads"] = 1
-    ends = {"bos_token_id": gpt2.tokenizer.bos_token_id, "eos_token_id": gpt2.tokenizer.eos_token_id}
-    if family == "GPT2":
-        options = {"n_embd": 16, "n_layer": 3, "n_head": 2}
-    config = getattr(transformers, f"{family}Config")(vocab_size=len(gpt2.tokenizer), **options, **ends)
-    cls = getattr(transformers, {"GPT2": "GPT2LMHeadModel"}.get(family, f"{family}ForCausalLM"))
+    cls = getattr(transformers, family)
+    config = cls.config_class(
+        vocab_size=len(gpt2.tokenizer),
+        hidden_size=16,
+        num_hidden_layers=3,
+        num_attention_heads=2,
+        bos_token_id=gpt2.tokenizer.bos_token_id,
+        eos_token_id=gpt2.tokenizer.eos_token_id,
+    )
+    if not family.startswith("GPT"):
+        config.num_key_value_heads = 1
     model = LanguageModel(cls(config).eval(), tokenizer=gpt2.tokenizer)
-    path, layer, attention_name, attention = PATHS[family]
+    layer, attention = PATHS[family]
 
     with model.trace(prompt):
         attended = attention(model, 1).output[0].save()
         hidden = layer(model, 1).save()
 
     expected = plain(model).run(prompt)
+    path = attention(model, 1).path.removeprefix("model.")
     assert hidden.shape == (1, plain(model).length(prompt), 16)
-    assert torch.equal(hidden, expected[path.format(1)])
-    assert torch.equal(attended, expected[f"{path.format(1)}.{attention_name}"])
+    assert torch.equal(attended, expected[path])
+    assert torch.equal(hidden, expected[path.rpartition(".")[0]])
 
 
 def test_key_api_methods(model, plain, prompt):
@@ -340,8 +351,7 @@ def test_check_model_structure(model, capsys):
 def test_remote_execution_timeout(llama, keys, prompt):
     model = LanguageModel("meta-llama/Llama-3.1-70B")
 
-    with \
-    model.trace(prompt, remote=True, timeout=300):
+    with model.trace(prompt, remote=True, timeout=300):
         logits = model.output.save()
 
     assert logits.logits.shape[-1] == model.config.vocab_size
@@ -350,8 +360,7 @@ def test_remote_execution_timeout(llama, keys, prompt):
 def test_save_only_the_last_position(model, plain, prompt):
     with model.trace(prompt):
         hidden = model.transformer.h[5].output[0]
-        last = \
-        hidden[:, -1, :].save()
+        last = hidden[:, -1, :].save()
 
     assert torch.equal(last, plain(model).run(prompt)["transformer.h.5"][:, -1, :])
 

@@ -69,6 +69,15 @@ class Block:
         at_line(statement, self.line)
         return statement
 
+    def target_names(self) -> frozenset[str]:
+        """The plain names that the `as` target binds."""
+        found = ast.walk(ast.parse(self.target or "()"))
+        return frozenset(node.id for node in found if isinstance(node, ast.Name)) & self.names_bound
+
+    def only_target(self) -> "Block":
+        """A block that binds the `as` target and does nothing else."""
+        return replace(self, source="pass", first_line=self.line, margins=(0,))
+
     def with_names(self, names: Names) -> "Block":
         """The same block, with the names found in it."""
         bound = names.bound | names.bound_inside

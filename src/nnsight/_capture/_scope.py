@@ -80,6 +80,14 @@ class Scope:
                 fork._cells[name] = CellType() if value is NOTHING else CellType(value)
         return fork
 
+    def share(self, name: str, other: "Scope") -> None:
+        """Use the very cell that another scope has for a name."""
+        self._cells[name] = other.cell(name)
+
+    def detach(self) -> None:
+        """Let go of the frame, and keep the variables."""
+        self._known, self._frame, self._outer = frozenset(self._cells), None, None
+
     def refresh(self) -> None:
         """Take the values that the frame has now."""
         if self._frame is not None:

@@ -5,11 +5,14 @@ parked there is served, in the order the blocks were written, until nobody is pa
 the model goes on with the value as it was left.
 """
 
+from ._coroutine import current_pass as current_pass
 from ._frames import describe_line as describe_line
 from ._frames import trim as trim
 from ._frames import user_frame as user_frame
 from ._frames import user_line as user_line
 from ._instrument import Instruments as Instruments
+from ._layouts import Probe as Probe
+from ._rows import Rows as Rows
 from ._run import Call as Call
 from ._run import Run as Run
 from ._tensors import map_tensors as map_tensors

@@ -99,3 +99,9 @@ def _run_current() -> None:
 
 
 _call_above_root = StackRoot(_run_current)
+
+
+def current_pass() -> Pass | None:
+    """The pass in whose coroutine the current code runs, None outside."""
+    current = getcurrent()
+    return current.serves if current.__class__ is Coroutine else None  # type: ignore[attr-defined]

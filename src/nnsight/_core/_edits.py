@@ -109,7 +109,7 @@ class Edits:
     def obstacle(self) -> str | None:
         """Why a second pass could not repeat the first exactly, or None."""
         if not self.keeping:
-            return "the forward cannot be run a second time with the same inputs"
+            return "a generation is not run a second time, and each place comes by once a step"
         if self._untracked:
             return "under inference mode PyTorch does not record which values were changed"
         if any(tensor._version != version for tensor, version in self._inputs):

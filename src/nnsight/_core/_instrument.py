@@ -10,12 +10,15 @@ from __future__ import annotations
 import threading
 import weakref
 from collections.abc import Callable, Iterable
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from greenlet import getcurrent
 from torch.nn import Module
 
 from ._coroutine import Coroutine
+
+if TYPE_CHECKING:
+    from ._layouts import Layouts
 
 Forward = Callable[..., Any]
 
@@ -75,6 +78,7 @@ class Instruments:
         self._parents: dict[Module, Module | None] = {}
         self._eager: set[Module] = set()
         self.profile: dict[Module, int] | None = None
+        self.layouts: Layouts | None = None
 
     @classmethod
     def of(cls, root: Module) -> Instruments:

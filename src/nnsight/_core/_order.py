@@ -20,12 +20,13 @@ def explain_late(run: Run, worker: Worker, request: Request, write: bool) -> Ord
     """The error for a late request, or None where a second pass may serve it."""
     if _never_runs(run, request):
         return _never_ran(run, request)
+    if worker.waited:
+        names = ", ".join(repr(name) for name in worker.waited[-3:])
+        return _out_of_order(run, request, f"It had passed while {worker.label} waited for {names}.")
     if write:
         return _out_of_order(run, request, "It cannot be changed any more.")
     if run.strict:
         return _out_of_order(run, request, "Strict order is on, so no second pass serves it.")
-    if worker.step is not None or run.main is None or run.main.step > 0:
-        return _out_of_order(run, request, "In a generation or an iteration each place comes by only once a step.")
     obstacle = run.edits.obstacle()
     if obstacle is not None:
         return _out_of_order(run, request, f"A second pass could not serve it: {obstacle}.")

@@ -28,6 +28,7 @@ class Pass:
 
     __slots__ = (
         "_all_counted",
+        "_begin",
         "_borrowed_inference",
         "_call",
         "_coroutine",
@@ -44,6 +45,7 @@ class Pass:
         "counts",
         "done",
         "error",
+        "final",
         "guards",
         "here",
         "learning",
@@ -62,6 +64,7 @@ class Pass:
         overrides: dict[Any, Override],
         serve: Callable[[Visit], None],
         missed: Callable[[], None],
+        begin: Callable[[], None] | None = None,
     ) -> None:
         self.here: Visit | None = None
         self.done = self.closing = self.learning = False
@@ -69,6 +72,7 @@ class Pass:
         self.step = -1
         self.counts: dict[Any, int] = {}
         self.running: list[Any] = []
+        self.final: dict[Any, Any] = {}
         self.wanted_inputs: dict[Any, int] = {}
         self.wanted_outputs: dict[Any, int] = {}
         self.guards: dict[Any, set[Module]] = {}
@@ -82,6 +86,7 @@ class Pass:
         self._overrides = overrides
         self._serve = serve
         self._missed = missed
+        self._begin = begin
         self._coroutine: Coroutine | None = None
         self._driver: greenlet | None = None
 
@@ -123,7 +128,9 @@ class Pass:
             else:
                 switch_modes(capture_modes(), body)
         self._call = self._serve = self._missed = _nothing
+        self._begin = None
         self.here = self._driver = None
+        self.final = {}
 
     # --- called in the model's coroutine -------------------------------------------------------------
 
@@ -138,10 +145,10 @@ class Pass:
         counts = self.counts
         index = counts.get(place, 0)
         counts[place] = index + 1
-        if place is self._stepper:
-            self._begin_step()
         self.running.append(place)
         try:
+            if place is self._stepper:
+                self._begin_step()
             if place in self.wanted_inputs:
                 visit = self._visit(place, INPUT, (args, kwargs), index)
                 if visit.skipped:
@@ -160,7 +167,11 @@ class Pass:
         """Let a value appear at a place that is not a call; returns it as edited."""
         index = self.counts.get(place, 0)
         self.counts[place] = index + 1
-        return self._visit(place, OUTPUT, value, index).value if place in self.wanted_outputs else value
+        if place in self.wanted_outputs:
+            value = self._visit(place, OUTPUT, value, index).value
+        if place.final:
+            self.final[place] = value
+        return value
 
     def _leave(
         self, place: Any, result: Any, index: int, args: tuple[Any, ...], kwargs: dict[str, Any]
@@ -215,6 +226,8 @@ class Pass:
     def _main(self) -> None:
         try:
             switch_modes(capture_modes(), self._modes)
+            if self._begin is not None:
+                self._begin()
             result = self._call()
             if self.learning:
                 self._learned()

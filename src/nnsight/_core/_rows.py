@@ -110,15 +110,6 @@ def join_views(value: Any, layout: Layout, views: list[tuple[Rows, Any]], path: 
     return map_tensors(join, value)
 
 
-def changed_shared(value: Any, layout: Layout, versions: list[tuple[torch.Tensor, int]]) -> bool:
-    """Whether a tensor that all rows share was changed in place."""
-    before = {id(tensor): version for tensor, version in versions}
-    return any(
-        dim == SHARED and id(tensor) in before and tensor._version != before[id(tensor)]
-        for tensor, dim in zip(tensors_in(value), layout, strict=False)
-    )
-
-
 _UNEVEN = """\
 {path} has a dimension of {length} here, which does not divide into the {total} rows of the batch: the rows of one \
 invoke cannot be told from another's. Read it in a trace of this input alone, or in tracer.invoke() without input, which \

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from types import FrameType
 from typing import Any
 
@@ -10,35 +10,48 @@ import torch
 from torch.nn import Module
 
 from ..config import CONFIG
-from ..errors import NNsightError, OutOfOrderError, StoppedError, WaitError
+from ..errors import EditError, NNsightError, OutOfOrderError, StoppedError, WaitError
 from ._edits import Edits
 from ._frames import user_frame
 from ._instrument import Instruments
+from ._layouts import Layouts, Probe
 from ._modes import capture_modes
 from ._order import explain_late
 from ._pass import Override, Pass
 from ._replay import Replay
-from ._tensors import map_tensors
+from ._rows import Layout
+from ._scoped import Scoped
+from ._tensors import map_tensors, tensors_in
 from ._tuples import as_native
-from ._visit import INPUT, Request, Visit
+from ._visit import INPUT, OUTPUT, STEP, Place, Request, Visit
 from ._worker import Worker
 
 
 class Call:
     """What a run executes: a function and the inputs it gets.
 
-    `repeatable` says that calling it again with the same inputs is the same forward.
+    `repeatable` says that calling it again with the same inputs is the same forward.  For a batch, `probe` gives
+    forwards on rows of it (see `_layouts`), and `batch_first` names places whose values have the batch in front.
     """
 
-    __slots__ = ("args", "function", "kwargs", "repeatable")
+    __slots__ = ("args", "batch_first", "function", "kwargs", "probe", "repeatable")
 
     def __init__(
-        self, function: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any], repeatable: bool
+        self,
+        function: Callable[..., Any],
+        args: tuple[Any, ...],
+        kwargs: dict[str, Any],
+        *,
+        repeatable: bool,
+        probe: Probe | None = None,
+        batch_first: Collection[Any] = (),
     ) -> None:
         self.function = function
         self.args = args
         self.kwargs = kwargs
         self.repeatable = repeatable
+        self.probe = probe
+        self.batch_first = batch_first
 
     def __call__(self) -> Any:
         return self.function(*self.args, **self.kwargs)
@@ -78,7 +91,14 @@ class Run:
             self.edits.begin(call)
             self.instruments.install()
             self.main = Pass(
-                call, self.instruments, self.stepper, self.modes, self.overrides, self._serve, self._missed
+                call,
+                self.instruments,
+                self.stepper,
+                self.modes,
+                self.overrides,
+                self._serve,
+                self._missed,
+                self._begin,
             )
             if self.instruments.profile is None:
                 self.main.learn()
@@ -143,6 +163,8 @@ class Run:
                 return here
         if worker.stopped or self.edits.late_reads:
             self._check_usable(worker)
+        if place in main.final and not write:
+            return Visit(place, OUTPUT, main.final[place], 0, 0, 0)
         if not place._modules:
             main.watch(place)
         if not (main.done or (place in main.counts or worker.step is not None) and main.has_passed(request)):
@@ -155,30 +177,44 @@ class Run:
         """The value at a place, with the visit it belongs to."""
         visit = self.reach(worker, place, kind, path)
         value = visit.value if visit.kind == kind else visit.inputs
-        if self.main is None or visit is not self.main.here:
+        if worker.rows is not None:
+            value = self._scoped(visit, kind, value).give(worker, path)
+        if self.main is None or (visit is not self.main.here and visit.place not in self.main.final):
             value = map_tensors(torch.Tensor.detach, value)
             self.edits.note_late_read(f"{path}.{kind}", value)
-        elif self.edits.keeping:
+        elif self.edits.keeping and visit is self.main.here:
             self.edits.give(visit, value, path)
         return visit, value
 
-    def change(self, visit: Visit, value: Any, path: str, frame: FrameType | None = None) -> None:
+    def change(
+        self, worker: Worker, visit: Visit, value: Any, path: str, frame: FrameType | None = None
+    ) -> None:
         """Change the value at a visit where the model still stands."""
         if self.over or self.main is None or self.main.here is not visit:
             raise OutOfOrderError(
                 f"Value was missed: {path} can only be assigned while the model stands there; it has gone on since."
             )
-        visit.value = value if type(value) is torch.Tensor else as_native(value)
+        if isinstance(visit.place, Place) and visit.place.read_only:
+            raise EditError(f"{path} can be read, not changed: change the values it is made from.")
+        value = value if type(value) is torch.Tensor else as_native(value)
+        if worker.rows is not None:
+            value = self._scoped(visit, visit.kind, visit.value).merge(worker, value, path)
+        visit.value = value
         visit.written = True
         self.edits.note_write(path, frame or user_frame())
 
     def skip(self, worker: Worker, place: Any, path: str, value: Any) -> None:
         """Let `value` stand for the call that is about to happen at a place."""
         visit = self.reach(worker, place, INPUT, path, write=True)
-        self.change(visit, value, f"{path} (skipped)")
+        self.change(worker, visit, value, f"{path} (skipped)")
         visit.skipped = True
 
-    def wait(self, worker: Worker, condition: Callable[[], bool], what: str) -> None:
+    def wait_for_step(self, worker: Worker, step: int) -> bool:
+        """Let the model run until a step begins; False where the generation ends before."""
+        request = Request(STEP, OUTPUT, "tracer.iter", step, 0)
+        return self._park(worker, request, self.start()) is not None
+
+    def wait(self, worker: Worker, condition: Callable[[], bool], what: Callable[[], str]) -> None:
         """Park `worker` until `condition()` holds; other workers bring that about."""
         if condition():
             return
@@ -190,7 +226,7 @@ class Run:
         finally:
             worker.condition = None
         if not condition():
-            raise WaitError(f"{worker.label} waits for {what}, which cannot come any more.")
+            raise WaitError(f"{worker.label} waits for {what()}: that cannot come any more.")
 
     def fail(self, error: BaseException) -> None:
         """Called by a deferred worker whose code raised: the run ends with this error."""
@@ -271,8 +307,46 @@ class Run:
                         break
                     going = len(workers) > 1
                     self._let_run(worker)
+        if visit.scoped is not None:
+            self._leave_scoped(visit)
         if visit.written or visit.given is not None:
             self.edits.leave(visit)
+
+    def _begin(self) -> None:
+        """In the model's coroutine, before the forward: let the deferred blocks run to their first request."""
+        for worker in self.workers:
+            while worker.request is None and worker.is_ready():
+                self._let_run(worker)
+
+    def _scoped(self, visit: Visit, kind: str, value: Any) -> Scoped:
+        scoped = visit.scoped
+        if scoped is None:
+            scoped = visit.scoped = {}
+        if kind not in scoped:
+            scoped[kind] = Scoped(value, self._layout(visit, kind, value))
+        scoped[kind].value = value
+        return scoped[kind]
+
+    def _layout(self, visit: Visit, kind: str, value: Any) -> Layout:
+        call = self.call
+        assert call is not None
+        if visit.place in call.batch_first or call.probe is None:
+            return [0] * len(tensors_in(value))
+        if self.instruments.layouts is None:
+            self.instruments.layouts = Layouts(self.instruments, self.stepper)
+        return self.instruments.layouts.find(visit, kind, value, call.probe, self.overrides)
+
+    def _leave_scoped(self, visit: Visit) -> None:
+        scoped = (visit.scoped or {}).get(visit.kind)
+        if scoped is None:
+            return
+        scoped.value = visit.value
+        try:
+            visit.value = scoped.leave()
+        except NNsightError as error:
+            self._failure = error
+            self.main.pause()  # type: ignore[union-attr]
+        visit.written = visit.written or scoped.written
 
     def _missed(self) -> None:
         """In the model's coroutine: wake whoever waits for something that has passed."""

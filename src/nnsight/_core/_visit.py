@@ -5,29 +5,34 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 if TYPE_CHECKING:
+    from ._scoped import Scoped
     from ._tensors import Snapshot
-    from ._worker import Worker
 
 INPUT = "input"
 OUTPUT = "output"
 
 
 class Place:
-    """Somewhere values appear that is not a module: an operation, the result of the run, a step's start."""
+    """Somewhere values appear that is not a module: an operation, the result of the run, a step's start.
 
-    __slots__ = ("__weakref__", "name")
+    A `final` place's value stays readable after the forward; a `read_only` one cannot be changed.
+    """
+
+    __slots__ = ("__weakref__", "final", "name", "read_only")
 
     _forward_hooks = ()
-    _modules = ()
+    _modules = (None,)  # nothing to instrument
 
-    def __init__(self, name: str) -> None:
+    def __init__(self, name: str, *, final: bool = False, read_only: bool = False) -> None:
         self.name = name
+        self.final = final
+        self.read_only = read_only
 
     def __repr__(self) -> str:
         return self.name
 
 
-RESULT = Place("tracer.result")
+RESULT = Place("tracer.result", final=True)
 STEP = Place("the start of a step")
 
 
@@ -48,7 +53,7 @@ class Visit:
     """One occurrence of a place.
 
     `index` counts the place's calls in the run, `call` those within `step`.  `inputs` is `(args, kwargs)`
-    at an output, `given` what blocks were handed, `views` what each worker sees instead of the whole value.
+    at an output, `given` what blocks were handed, `scoped` what workers with rows of their own see.
     """
 
     __slots__ = (
@@ -58,10 +63,10 @@ class Visit:
         "inputs",
         "kind",
         "place",
+        "scoped",
         "skipped",
         "step",
         "value",
-        "views",
         "written",
     )
 
@@ -76,7 +81,7 @@ class Visit:
         self.call = call
         self.inputs = inputs
         self.given: list[tuple[Any, Snapshot, str]] | None = None
-        self.views: dict[tuple[Worker, str], Any] | None = None
+        self.scoped: dict[str, Scoped] | None = None
         self.written = False
         self.skipped = False
 

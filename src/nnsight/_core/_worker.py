@@ -41,6 +41,7 @@ class Worker:
         "served",
         "step",
         "stopped",
+        "waited",
     )
 
     def __init__(self, run: Run, label: str, rows: Any = None) -> None:
@@ -55,6 +56,7 @@ class Worker:
         self.served: Visit | None = None
         self.finished = False
         self.stopped = False
+        self.waited: list[str] = []
         self.coroutine: Coroutine | None = None
         self.outer: Worker | None = None
 

@@ -71,7 +71,9 @@ def _parser() -> argparse.ArgumentParser:
     )
     demo.add_argument("--prompt", default="The Eiffel Tower is in the city of", help="the prompt to explain")
     demo.add_argument(
-        "--corrupted", default="The Colosseum is in the city of", help="a prompt of as many tokens, to patch into"
+        "--corrupted",
+        default="The Colosseum is in the city of",
+        help="a prompt of as many tokens, to patch into",
     )
     demo.add_argument("--model", default="nnsight/landmarks", help="a hub name or a folder")
     demo.add_argument("--out", type=Path, default=Path("nnsight-demo"), help="the folder for the files")

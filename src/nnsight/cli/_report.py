@@ -30,7 +30,9 @@ class Report:
     def predictions(self, prompt: str, probabilities: Tensor) -> list[dict[str, Any]]:
         """The most probable next tokens."""
         best = probabilities.topk(min(SHOWN, len(probabilities)))
-        found = [self._prediction(*pair) for pair in zip(best.indices.tolist(), best.values.tolist(), strict=True)]
+        found = [
+            self._prediction(*pair) for pair in zip(best.indices.tolist(), best.values.tolist(), strict=True)
+        ]
         self._screen.heading("1  What comes next")
         self._screen.print(f"   {prompt} …\n")
         for item in found:
@@ -48,9 +50,8 @@ class Report:
         self._screen.print()
         for item in found:
             share = item["probability"]
-            self._screen.print(
-                f"   layer {item['layer']:>2}  {fit(label(item['token']), 14)} {self._screen.paint(f' {share:6.1%} ', share)}"
-            )
+            cell = self._screen.paint(f" {share:6.1%} ", share)
+            self._screen.print(f"   layer {item['layer']:>2}  {fit(label(item['token']), 14)} {cell}")
         return found
 
     def comparable(self, prompt: str, corrupted: str) -> bool:
@@ -60,13 +61,19 @@ class Report:
             return True
         self._screen.heading(PATCHING)
         self._screen.print(
-            f"   Left out: the prompt has {lengths[0]} tokens and the corrupted one {lengths[1]}, and a patch goes from "
-            "a position to the same position. Give prompts of equal length."
+            f"   Left out: the prompt has {lengths[0]} tokens and the corrupted prompt {lengths[1]}.\n"
+            "   A patch goes from a position to the same position: give two prompts of equal length."
         )
         return False
 
     def patching(
-        self, prompt: str, corrupted: str, answer: int, clean: float, baseline: float, values: list[list[float]]
+        self,
+        prompt: str,
+        corrupted: str,
+        answer: int,
+        clean: float,
+        baseline: float,
+        values: list[list[float]],
     ) -> dict[str, Any]:
         """The sweep over layers and positions."""
         screen, token = self._screen, self._tokenizer.decode([answer])
@@ -74,7 +81,7 @@ class Report:
         screen.heading(PATCHING)
         screen.print(
             f"   Into a run on “{corrupted} …”, one hidden state is copied from the run on\n"
-            f"   “{prompt} …”. How probable does that make {label(token)!r}, in per cent?\n"
+            f"   “{prompt} …”. How probable does that make “{label(token)}”, in per cent?\n"
             f"   Without a patch {baseline:.1%}; on the prompt itself {clean:.1%}.\n"
         )
         lines = [

@@ -41,10 +41,6 @@ class Terminal:
         """Start a section."""
         self.print("\n" + self._style(text, "1"))
 
-    def note(self, text: str) -> None:
-        """Say something of less weight."""
-        self.print(self._style(text, "2"))
-
     def paint(self, text: str, fraction: float) -> str:
         """`text` on the colour that stands for `fraction` of the scale."""
         if not self.colours:
@@ -65,7 +61,7 @@ class Terminal:
         Args:
             rows: The probabilities `[row][column]`.
             row_labels: One label a row.
-            column_labels: One or more lines of labels above the columns; columns too many for the width go below.
+            column_labels: One or more lines of labels above the columns; what is too wide goes below.
             scale: The probability at the upper end of the colours.
         """
         margin = max(map(len, row_labels)) + 2
@@ -76,18 +72,20 @@ class Terminal:
         digits = 0 if scale >= 0.1 else 1
         for start in range(0, columns, step):
             part = slice(start, start + step)
+            if start:
+                yield ""
             for line in column_labels:
-                yield " " * margin + "".join(centre(label, size) for label in line[part])
+                yield (" " * margin + "".join(centre(label, size) for label in line[part])).rstrip()
             for name, values in zip(row_labels, rows, strict=True):
                 cells = (
-                    self.paint(centre(f"{100 * value:.{digits}f}", size), value / scale) for value in values[part]
+                    self.paint(centre(f"{100 * value:.{digits}f}", size), value / scale)
+                    for value in values[part]
                 )
-                yield f"{name:<{margin}}" + "".join(cells)
-            yield ""
+                yield (f"{name:<{margin}}" + "".join(cells)).rstrip()
         if self.colours:
             steps = 24
             bar = "".join(self.paint(" ", i / (steps - 1)) for i in range(steps))
-            yield f"{'':<{margin}}0 {bar} {100 * scale:.{digits}f} %"
+            yield f"\n{'':<{margin}}0 {bar} {100 * scale:.{digits}f} %"
 
     def _style(self, text: str, code: str) -> str:
         return f"\x1b[{code}m{text}\x1b[0m" if self.colours else text
@@ -100,13 +98,12 @@ class Terminal:
 
 
 def colours_of(stream: TextIO) -> int:
-    """How many colours to use: `NO_COLOR` forbids them, `FORCE_COLOR` asks for them, else a terminal has them."""
-    environ = os.environ
-    if environ.get("NO_COLOR"):
+    """How many colours to use: none under `NO_COLOR`; else some on a terminal, or under `FORCE_COLOR`."""
+    if os.environ.get("NO_COLOR"):
         return 0
-    if not environ.get("FORCE_COLOR") and (not stream.isatty() or environ.get("TERM") == "dumb"):
+    if not os.environ.get("FORCE_COLOR") and (not stream.isatty() or os.environ.get("TERM") == "dumb"):
         return 0
-    return 2**24 if environ.get("COLORTERM") in ("truecolor", "24bit") else 256
+    return 2**24 if os.environ.get("COLORTERM") in ("truecolor", "24bit") else 256
 
 
 def viridis(fraction: float) -> RGB:

@@ -89,7 +89,7 @@ class Envoy:
     def input(self, value: Any) -> None:
         worker = self._tree.worker(self._path, INPUT)
         visit = worker.run.reach(worker, self._module, INPUT, self._path, write=True)
-        worker.run.change(visit, with_first_input(visit, value), f"{self._path}.input")
+        worker.run.change(worker, visit, with_first_input(visit, value), f"{self._path}.input")
 
     # --- the tree --------------------------------------------------------------------------------------------
 

@@ -59,7 +59,7 @@ class Tree:
         run = worker.run
 
         def write(changed: Any) -> None:
-            run.change(visit, changed, f"{path}.{OUTPUT}")
+            run.change(worker, visit, changed, f"{path}.{OUTPUT}")
 
         return self.present(module, value, write)
 
@@ -73,7 +73,7 @@ class Tree:
         visit = worker.run.reach(worker, module, kind, path, write=True)
         if self.accept is not None and kind == OUTPUT:
             value = self.accept(module, visit.value, value)
-        worker.run.change(visit, value, f"{path}.{kind}", frame)
+        worker.run.change(worker, visit, value, f"{path}.{kind}", frame)
 
 
 def present_plainly(_module: Module, value: Any, write: Callable[[Any], None]) -> Any:

@@ -6,18 +6,20 @@ import inspect
 from collections.abc import Callable
 from typing import Any
 
+import torch
 from torch.nn import Module
 
-from .._core import Call
+from .._core import RESULT, Call, Probe
 from ..envoy import present_plainly
 from ..errors import NoInputError
-from ..trace import Tracer
+from ..trace import Given, Prepared, Tracer
 from ._base import NO_INPUT, NNsight
+from ._generation import GENERATED, TOKEN, Generator, generate
 from ._hidden import show_block_output, take_block_output
 from ._loading import Source
 from ._outputs import show_causal_output
 from ._pattern import PatternOnDemand
-from ._text import encode, make_batch, positions, split_options
+from ._text import encode, given_values, make_batch, positions, split_options
 
 
 class LanguageModel(NNsight):
@@ -46,7 +48,6 @@ class LanguageModel(NNsight):
     """
 
     _auto_class = "AutoModelForCausalLM"
-    _pad_left = True
 
     def __init__(
         self, model: str | Module, *, tokenizer: Any = None, dispatch: bool = False, **options: Any
@@ -118,24 +119,124 @@ class LanguageModel(NNsight):
         self.dispatch()
         return super().trace(*inputs, trace=trace, strict_order=strict_order, **kwargs)
 
-    def _prepare_call(self, inputs: tuple[Any, ...], kwargs: dict[str, Any]) -> Call:
-        options, kwargs = split_options(kwargs)
-        if "input_ids" in kwargs:
-            inputs = (*inputs, {name: kwargs.pop(name) for name in ("input_ids", "attention_mask") if name in kwargs})
-        if not inputs:
-            if "inputs_embeds" in kwargs:
-                return Call(self._module, (), kwargs, repeatable=True)
-            raise NoInputError(NO_INPUT)
-        return Call(self._module, (), {**self._encode(inputs, options), **kwargs}, repeatable=True)
+    def generate(self, *inputs: Any, trace: bool = True, strict_order: bool = False, **kwargs: Any) -> Any:
+        """Generate from prompts, with a block that reads and changes what happens at each step.
 
-    def _encode(self, inputs: tuple[Any, ...], options: dict[str, Any]) -> dict[str, Any]:
-        encoded = [encode(value, self._tokenizer_or_none(), options) for value in inputs]
-        if len(encoded) == 1 and encoded[0].given is not None:
-            return {name: self._place(value) for name, value in encoded[0].given.items()}
-        batch = make_batch(encoded, self._pad_id(), pad_left=self._pad_left)
-        if self._pad_left and not batch["attention_mask"].all() and self._takes("position_ids"):
+        What the block asks for is of the first step, unless it iterates (`tracer.iter`, `tracer.all()`,
+        `tracer.next()`).  Inside the block of a `trace()` with invokes, a call without prompt generates for those invokes and
+        returns the result.
+
+        Example:
+            >>> from nnsight import LanguageModel
+            >>> model = LanguageModel("nnsight/landmarks")
+            >>> with model.generate("The Eiffel Tower is in", max_new_tokens=4) as tracer:
+            ...     output = model.generator.output.save()
+            >>> model.tokenizer.decode(output[0])
+            'The Eiffel Tower is in the city of Paris'
+
+        Args:
+            *inputs: As for `trace`.
+            trace: False generates plainly and returns what `generate` of transformers returns.
+            strict_order: As for `trace`.
+            **kwargs: Any option of transformers' `generate`: `max_new_tokens`, `do_sample`, `num_beams`, ….
+
+        Returns:
+            A `Tracer`, or with `trace=False` the token ids `[batch, prompt + new tokens]`.
+        """
+        if not inputs and "input_ids" not in kwargs and "inputs" not in kwargs:
+            collected = Tracer.current(self._tree)
+            if collected is not None:
+                collected.prepare_with(lambda givens: self._prepare_generation(givens, kwargs))
+                return collected.result
+        self.dispatch()
+        given = Given(inputs, {}) if inputs else self._named_input(kwargs)
+        if not trace:
+            return self._prepare_generation([given] if given else [], kwargs).call()
+        return Tracer(
+            self._tree,
+            lambda givens: self._prepare_generation(givens, kwargs),
+            given,
+            edits=self._edits,
+            strict_order=strict_order,
+        )
+
+    @property
+    def generator(self) -> Generator:
+        """The generation as a whole: `generator.output`, and `generator.streamer.output` token by token."""
+        return Generator(self._tree)
+
+    # --- inputs ----------------------------------------------------------------------------------------------
+
+    def _gives_input(self, kwargs: dict[str, Any]) -> bool:
+        return "input_ids" in kwargs or "inputs_embeds" in kwargs
+
+    def _named_input(self, kwargs: dict[str, Any]) -> Given | None:
+        names = ("input_ids", "attention_mask", "inputs")
+        named = {("input_ids" if n == "inputs" else n): kwargs.pop(n) for n in names if n in kwargs}
+        return Given((named,), {}) if named else None
+
+    def _prepare(self, givens: list[Given], kwargs: dict[str, Any]) -> Prepared:
+        options, kwargs = split_options(kwargs)
+        if "inputs_embeds" in kwargs:
+            return Prepared(Call(self._module, (), kwargs, repeatable=True), [kwargs["inputs_embeds"].shape[0]])
+        batch, sizes = self._encode(givens, kwargs, options)
+        if getattr(self._config, "is_encoder_decoder", False) and "labels" not in kwargs:
+            batch.setdefault("decoder_input_ids", self._decoder_start(batch["input_ids"]))
+        call = Call(self._module, (), {**batch, **kwargs}, repeatable=True, probe=self._probe_batch(batch, sizes))
+        return Prepared(call, sizes)
+
+    def _prepare_generation(self, givens: list[Given], kwargs: dict[str, Any]) -> Prepared:
+        options, kwargs = split_options(kwargs, generating=True)
+        batch, sizes = self._encode(givens, kwargs, options)
+        batch.pop("position_ids", None)  # `generate` makes them from the mask
+        kwargs.setdefault("pad_token_id", self._pad_id())
+        inputs = {**batch, **kwargs, "module": self._module}
+        probe = self._probe_batch(batch, sizes)
+        call = Call(generate, (), inputs, repeatable=False, probe=probe, batch_first=(GENERATED, TOKEN, RESULT))
+        return Prepared(call, sizes)
+
+    def _encode(
+        self, givens: list[Given], kwargs: dict[str, Any], options: dict[str, Any]
+    ) -> tuple[dict[str, Any], list[int]]:
+        named = {name: kwargs.pop(name) for name in ("input_ids", "attention_mask") if name in kwargs}
+        if named and (not givens or givens == [Given((), {})]):
+            givens = [Given((named,), {})]
+        if not givens:
+            raise NoInputError(NO_INPUT)
+        encoded = [[encode(value, self._tokenizer_or_none(), options) for value in given_values(g)] for g in givens]
+        sizes = [sum(len(e.rows) for e in group) for group in encoded]
+        flat = [e for group in encoded for e in group]
+        if len(flat) == 1 and flat[0].given is not None:
+            return {name: self._place(value) for name, value in flat[0].given.items()}, sizes
+        batch = make_batch(flat, self._pad_id(), pad_left=self._pads_left())
+        if self._pads_left() and not batch["attention_mask"].all() and self._takes("position_ids"):
             batch["position_ids"] = positions(batch["attention_mask"])
-        return {name: self._place(value) for name, value in batch.items()}
+        return {name: self._place(value) for name, value in batch.items()}, sizes
+
+    def _probe_batch(self, batch: dict[str, Any], sizes: list[int]) -> Probe | None:
+        if len(sizes) < 2:
+            return None
+        vocabulary = self._module.get_input_embeddings().weight.shape[0]
+        pair = {n: torch.stack([v[0], (v[0] + 1) % vocabulary if n == "input_ids" else v[0]]) for n, v in batch.items()}
+        if getattr(self._config, "is_encoder_decoder", False):
+            pair.setdefault("decoder_input_ids", pair["input_ids"][:, :3])
+
+        def probe(rows: list[int]) -> Call:
+            return Call(self._module, (), {n: v[rows] for n, v in pair.items()}, repeatable=False)
+
+        return probe
+
+    @property
+    def _config(self) -> Any:
+        return getattr(self._module, "config", None)
+
+    def _decoder_start(self, ids: torch.Tensor) -> torch.Tensor:
+        start = getattr(self._config, "decoder_start_token_id", None)
+        return torch.full((ids.shape[0], 1), self._pad_id() if start is None else start, device=ids.device)
+
+    def _pads_left(self) -> bool:
+        can_generate = getattr(self._module, "can_generate", lambda: False)()
+        return can_generate and not getattr(self._config, "is_encoder_decoder", False)
 
     def _tokenizer_or_none(self) -> Any:
         return self._tokenizer if self._source is None else self.tokenizer

@@ -12,10 +12,9 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
-from greenlet import getcurrent
 from torch.nn import Dropout, Module
 
-from .._core import Worker
+from .._core import Worker, current_pass
 from ..source import instrument
 
 _INTERFACE = "attention_interface_0"
@@ -47,8 +46,8 @@ def _with_visible_pattern(plain: Callable[..., Any], eager: Callable[..., Any], 
     def inside(name: str, function: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         if name != _DROPOUT:
             return function(*args, **kwargs)
-        current = getcurrent()
-        return current.serves.call(dropout, function, args, kwargs)  # type: ignore[attr-defined]
+        current = current_pass()
+        return function(*args, **kwargs) if current is None else current.call(dropout, function, args, kwargs)
 
     return instrument(plain, dispatch)
 

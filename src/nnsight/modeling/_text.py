@@ -8,6 +8,7 @@ from typing import Any, NamedTuple
 import torch
 
 from ..errors import InputError, LoadError
+from ..trace import Given
 
 _TOKENIZER_OPTIONS = frozenset({"add_special_tokens", "truncation", "max_length", "add_generation_prompt"})
 
@@ -26,9 +27,10 @@ class Encoded(NamedTuple):
     given: dict[str, Any] | None
 
 
-def split_options(kwargs: dict[str, Any]) -> tuple[dict[str, Any], dict[str, Any]]:
-    """Keyword arguments for the tokenizer, and those for the forward."""
-    options = {name: kwargs[name] for name in kwargs if name in _TOKENIZER_OPTIONS}
+def split_options(kwargs: dict[str, Any], *, generating: bool = False) -> tuple[dict[str, Any], dict[str, Any]]:
+    """Keyword arguments for the tokenizer, and those for the forward; `max_length` is one of a generation's."""
+    names = _TOKENIZER_OPTIONS - {"max_length"} if generating else _TOKENIZER_OPTIONS
+    options = {name: kwargs[name] for name in kwargs if name in names}
     return options, {name: kwargs[name] for name in kwargs if name not in options}
 
 
@@ -55,6 +57,11 @@ def encode(value: Any, tokenizer: Any, options: dict[str, Any]) -> Encoded:
     if isinstance(value, Sequence) and len(value):
         return Encoded(_sequence_rows(value, tokenizer, options), None)
     raise InputError(_BAD_INPUT.format(kind=_describe(value)))
+
+
+def given_values(given: Given) -> tuple[Any, ...]:
+    """The prompts of a trace or an invoke; `input_ids=…` as a keyword is an encoding."""
+    return (*given.args, given.kwargs) if given.kwargs else given.args
 
 
 def make_batch(inputs: Sequence[Encoded], pad_id: int, *, pad_left: bool) -> dict[str, torch.Tensor]:

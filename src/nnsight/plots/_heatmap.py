@@ -32,8 +32,8 @@ def heatmap(
 ) -> Figure:
     """Draw a table of numbers as colours, with each number in its cell where there is room.
 
-    Numbers of one sign get a scale that is even in lightness; those of both signs one that is lightest at zero.
-    Either can be read by people who see few colours, and no window is ever opened.
+    Numbers of one sign get a scale of even lightness; those of both signs one that is lightest at zero. Both
+    can be read by people who are colour-blind. No window is ever opened.
 
     Example:
         >>> from nnsight.plots import heatmap
@@ -62,11 +62,13 @@ def heatmap(
             f"[{len(rows)}, {len(columns)}], at least one; these are {list(table.shape)}."
         )
     figure_class = _import_figure()
-    width, height = (min(n * cell, most) for n, cell, most in zip(table.T.shape, _CELL, _LARGEST, strict=True))
+    width, height = (
+        min(n * cell, most) for n, cell, most in zip(table.T.shape, _CELL, _LARGEST, strict=True)
+    )
     figure = figure_class(figsize=(max(width, 2.5) + 2.2, max(height, 1.2) + 1.8), layout="constrained")
     axes = figure.subplots()
     image = _draw_cells(axes, table)
-    figure.colorbar(image, ax=axes, label=value_label)
+    figure.colorbar(image, ax=axes, label=value_label, pad=0.02)
     cell = (width / len(columns), height / len(rows))
     _label_ticks(axes, rows, columns, cell)
     _annotate(axes, image, table, cell)
@@ -96,7 +98,9 @@ def _draw_cells(axes: Axes, table: torch.Tensor) -> AxesImage:
     elif low == high:
         low, high = min(low, 0.0), max(high, 0.0) or 1.0
     colours = colormaps[name].with_extremes(bad="0.85")
-    return axes.imshow(table.numpy(), cmap=colours, vmin=low, vmax=high, aspect="auto", interpolation="nearest")
+    return axes.imshow(
+        table.numpy(), cmap=colours, vmin=low, vmax=high, aspect="auto", interpolation="nearest"
+    )
 
 
 def _label_ticks(axes: Axes, rows: Sequence[str], columns: Sequence[str], cell: tuple[float, float]) -> None:
@@ -121,10 +125,11 @@ def _annotate(axes: Axes, image: AxesImage, table: torch.Tensor, cell: tuple[flo
     letter, line = _LETTER
     if max(len(text) for row in texts for text in row) * letter > cell[0] or line > cell[1]:
         return
+    colours = image.to_rgba(table.numpy())
     for i, row in enumerate(texts):
         for j, text in enumerate(row):
             if table[i, j].isfinite():
-                red, green, blue, _ = image.to_rgba(table[i, j].item())
+                red, green, blue, _ = colours[i, j]
                 ink = "black" if 0.299 * red + 0.587 * green + 0.114 * blue > 0.5 else "white"
                 axes.text(j, i, text, ha="center", va="center", fontsize=_FONT - 1, color=ink)
 
@@ -132,7 +137,7 @@ def _annotate(axes: Axes, image: AxesImage, table: torch.Tensor, cell: tuple[flo
 def _digits(table: torch.Tensor) -> int:
     """Decimals that show two digits of the largest number."""
     largest = table[table.isfinite()].abs().max().item() if table.isfinite().any() else 0.0
-    return 2 if largest == 0 else min(max(1 - math.floor(math.log10(largest) + 0.01), 0), 9)
+    return 2 if largest == 0 else min(max(2 - math.ceil(math.log10(largest)), 0), 9)
 
 
 def _literal(text: str) -> str:

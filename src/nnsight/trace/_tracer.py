@@ -2,16 +2,28 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import os
+from collections.abc import Sequence
 from types import TracebackType
 from typing import TYPE_CHECKING, Any
+from weakref import WeakKeyDictionary
 
-from .._core import OUTPUT, RESULT, Call, Run, Worker, trim
-from ..errors import NotTracingError
+from .._capture import Block, Scope
+from .._core import OUTPUT, RESULT, Call, Rows, Run, Worker, trim
+from ..errors import InputError, NotTracingError
+from ._barrier import Barrier
+from ._dataflow import Dataflow, Deferred
+from ._given import Given, Prepare
+from ._invoke import Invoke
 from ._save import warn_about_changes
+from ._steps import Steps, StepSelector
 
 if TYPE_CHECKING:
     from ..envoy import Tree
+    from ._edit import Edit
+
+
+_open: WeakKeyDictionary[Worker, Tracer] = WeakKeyDictionary()  # the traces that are running
 
 
 class Tracer:
@@ -20,22 +32,38 @@ class Tracer:
     Attributes are for use inside the `with` block.
     """
 
-    def __init__(self, tree: Tree, prepare: Callable[[], Call], *, strict_order: bool = False) -> None:
+    def __init__(
+        self,
+        tree: Tree,
+        prepare: Prepare,
+        given: Given | None = None,
+        *,
+        edits: Sequence[Edit] = (),
+        strict_order: bool = False,
+    ) -> None:
         self._tree = tree
-        self._prepare: Callable[[], Call] | None = prepare
+        self._prepare: Prepare | None = prepare
+        self._edits = edits
         self._strict = strict_order
         self._run: Run | None = None
         self._worker: Worker | None = None
+        self._given = [given] if given is not None else []
+        self._owners: list[Worker] = []
+        self._flow: Dataflow | None = None
 
     def __enter__(self) -> Tracer:
         if self._prepare is None:
             raise NotTracingError("A tracer can be entered once: call model.trace(...) again.")
         tree = self._tree
-        run = self._run = Run(tree.instruments, tree.root, self._prepare, strict=self._strict)
-        self._prepare = None
+        run = self._run = Run(tree.instruments, tree.root, self._make_call, strict=self._strict)
+        for edit in self._edits:
+            edit.add_to(run)
         worker = self._worker = Worker(run, "the body of the trace")
         run.workers.append(worker)
+        if self._given:
+            self._owners.append(worker)
         worker.enter()
+        _open[worker] = self
         return self
 
     def __exit__(
@@ -57,8 +85,42 @@ class Tracer:
         finally:
             worker.leave()
             run.close()
-            self._run = self._worker = None
+            self._close()
         return False
+
+    def _close(self) -> None:
+        if self._worker is not None:
+            _open.pop(self._worker, None)
+        self._given.clear()
+        self._owners.clear()
+        self._run = self._worker = self._prepare = None
+        if self._flow is not None:
+            self._flow.write_back()
+            self._flow.close()
+            self._flow = None
+
+    @staticmethod
+    def current(tree: Tree) -> Tracer | None:
+        """The trace of this model, without an input of its own, whose body the current code belongs to."""
+        worker = tree.find_worker()
+        tracer = _open.get(worker) if worker is not None else None
+        return tracer if tracer is not None and worker is tracer._worker and tracer._owners else None
+
+    def prepare_with(self, prepare: Prepare) -> None:
+        """Make another call of the inputs than the trace itself would."""
+        self._prepare = prepare
+
+    def _make_call(self) -> Call:
+        assert self._prepare is not None
+        call, sizes = self._prepare(self._given)
+        if len(self._owners) > 1:
+            start, total = 0, sum(sizes)
+            for worker, size in zip(self._owners, sizes, strict=True):
+                worker.rows = Rows(start, size, total)
+                start += size
+        return call
+
+    # --- values of the run -----------------------------------------------------------------------------------
 
     @property
     def result(self) -> Any:
@@ -83,6 +145,97 @@ class Tracer:
         """
         run, worker = self._active("stop()")
         run.stop(worker)
+
+    # --- several blocks --------------------------------------------------------------------------------------
+
+    def invoke(self, *inputs: Any, **kwargs: Any) -> Invoke:
+        """One more input for the batch, with a block that sees only its rows.
+
+        The blocks of a trace run in one forward, in the order they are written wherever they wait for the same
+        place.  Without input the block sees the whole batch.  A name that one block binds can be read in a later one,
+        which then waits for it.
+
+        Example:
+            >>> with model.trace() as tracer:                                   # doctest: +SKIP
+            ...     with tracer.invoke("The Eiffel Tower is in"):
+            ...         hidden = model.transformer.h[6].output[0]
+            ...     with tracer.invoke("The Colosseum is in"):
+            ...         model.transformer.h[6].output[0][:] = hidden
+            ...         logits = model.output.save()
+
+        Args:
+            *inputs: An input as `trace` takes it, or none.
+            **kwargs: Keyword arguments that belong to this input.
+
+        Raises:
+            CaptureError: The source of the block cannot be had (a plain Python prompt).
+            InputError: The forward has started already, so that the batch is complete.
+        """
+        run, _ = self._active("invoke()")
+        if run.main is not None and (inputs or kwargs):
+            raise InputError(
+                "The forward pass has started, because the trace's own block asked for a value: the batch is complete. "
+                "Put every tracer.invoke(input) before that line."
+            )
+        return Invoke(self, inputs, kwargs)
+
+    def _add_invoke(
+        self, block: Block, scope: Scope, given: Given | None, frame_line: int
+    ) -> None:
+        run, _ = self._active("invoke()")
+        worker = Worker(run, f"the invoke at line {frame_line} of {os.path.basename(block.filename)}")
+        if self._flow is None:
+            self._flow = Dataflow()
+        deferred = self._flow.add(block, scope, worker)
+        worker.start(lambda: deferred.bind(block, deferred.scope)())
+        run.workers.append(worker)
+        if given is not None:
+            self._given.append(given)
+            self._owners.append(worker)
+
+    def _deferred_of(self, worker: Worker) -> Deferred | None:
+        return self._flow.of(worker) if self._flow is not None else None
+
+    def barrier(self, count: int) -> Barrier:
+        """A point that `count` blocks reach before any of them goes on; each calls it.
+
+        Raises:
+            WaitError: Fewer blocks reach it than it waits for; raised when nothing can come any more.
+        """
+        if count < 1:
+            raise InputError(f"A barrier is for at least one block, not {count}.")
+        return Barrier(count)
+
+    # --- steps of a generation -------------------------------------------------------------------------------
+
+    @property
+    def iter(self) -> StepSelector:
+        """Steps of a generation: `for step in tracer.iter[2:5]` or `with tracer.iter[:] as step`.
+
+        Example:
+            >>> with model.generate("Hello", max_new_tokens=5) as tracer:       # doctest: +SKIP
+            ...     for step in tracer.iter[:]:
+            ...         tokens.append(model.lm_head.output[0, -1].argmax())
+        """
+        return StepSelector(self)
+
+    def all(self) -> Steps:
+        """Every step of the generation: `tracer.iter[:]`."""
+        return self.iter[:]
+
+    def next(self, count: int = 1) -> Tracer:
+        """Let the block go on to a later step: what it asks for from here on is of that step.
+
+        Example:
+            >>> with model.generate("Hello", max_new_tokens=2) as tracer:       # doctest: +SKIP
+            ...     first = model.lm_head.output.save()
+            ...     tracer.next()
+            ...     second = model.lm_head.output.save()
+        """
+        _, worker = self._active("next()")
+        worker.step = (worker.step or 0) + count
+        worker.calls = None
+        return self
 
     def _active(self, name: str) -> tuple[Run, Worker]:
         worker = self._tree.find_worker()

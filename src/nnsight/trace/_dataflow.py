@@ -1,0 +1,91 @@
+"""Dataflow: values that one deferred block binds and a later one reads.
+
+Every block has variables of its own, with the values of the place where it was written, so that blocks that run by
+turns do not overwrite each other's.  A name that an earlier block binds is taken from the nearest such block,
+and reading it waits until it is bound.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+from .._capture import Block, Scope, bind
+from .._core import Worker
+
+
+class Deferred:
+    """One deferred block with its variables."""
+
+    def __init__(self, block: Block, scope: Scope, worker: Worker, flow: Dataflow) -> None:
+        self.block = block
+        self.scope = scope.fork(block)
+        self.worker = worker
+        self.announced: set[str] = set()
+        self._origins: dict[str, Deferred] = {}
+        self._flow = flow
+        for name in block.names_read | block.names_bound:
+            origin = flow.origin(name)
+            if origin is not None:
+                self._origins[name] = origin
+                if name not in block.names_bound:
+                    self.scope.share(name, origin.scope)
+
+    def bind(self, block: Block, scope: Scope) -> Callable[..., None]:
+        """`block`, this one or one nested in it, as a function on these variables."""
+        waits = frozenset(self._origins)
+        return bind(block, scope, waits=waits, announces=self.block.names_bound, wait=self._wait, announce=self._announce)
+
+    def _announce(self, name: str) -> None:
+        self.announced.add(name)
+
+    def _wait(self, name: str) -> None:
+        if name in self.announced:
+            return
+        origin = self._origins[name]
+
+        def is_bound() -> bool:
+            return name in origin.announced or origin.worker.finished
+
+        if not is_bound():
+            self.worker.waited.append(name)
+            self.worker.run.wait(self.worker, is_bound, lambda: f"the name {name!r}, which {origin.worker.label} binds")
+        if name in self.block.names_bound and name in origin.announced:
+            self.scope.set(name, origin.scope.get(name))
+            self.announced.add(name)
+
+
+class Dataflow:
+    """The deferred blocks of one trace, in the order they were written."""
+
+    def __init__(self) -> None:
+        self._blocks: list[Deferred] = []
+        self._scopes: list[Scope] = []
+
+    def add(self, block: Block, scope: Scope, worker: Worker) -> Deferred:
+        """Register a block; its variables have the values of this moment."""
+        deferred = Deferred(block, scope, worker, self)
+        self._blocks.append(deferred)
+        self._scopes.append(scope)
+        return deferred
+
+    def origin(self, name: str) -> Deferred | None:
+        """The last block so far that binds `name`."""
+        return next((b for b in reversed(self._blocks) if name in b.block.names_bound), None)
+
+    def of(self, worker: Worker) -> Deferred | None:
+        """The block that `worker` runs."""
+        return next((b for b in self._blocks if b.worker is worker), None)
+
+    def write_back(self) -> None:
+        """Bind in the user's frame what the blocks have bound."""
+        for deferred in self._blocks:
+            deferred.scope.write_back(deferred.announced)
+
+    def close(self) -> None:
+        """Let go of the blocks' variables."""
+        for deferred in self._blocks:
+            deferred.scope.close()
+        for scope in self._scopes:
+            scope.close()
+        self._blocks.clear()
+        self._scopes.clear()

@@ -1,0 +1,84 @@
+"""Edits: blocks that run in every later trace of a model."""
+
+from __future__ import annotations
+
+import os
+import sys
+from collections.abc import Callable
+from types import TracebackType
+from typing import TYPE_CHECKING, Any
+
+from .._capture import Block, Scope, bind, capture, is_skip, skip_body
+from .._core import Run, Worker
+from ..errors import CaptureError
+from ._steps import reach_step
+
+if TYPE_CHECKING:
+    from ..envoy import Envoy
+
+
+class Edit:
+    """A stored block, run at every step of every trace, with the variables of the place where it was written."""
+
+    def __init__(self, block: Block, scope: Scope) -> None:
+        self._block = block
+        self._scope = scope
+
+    def add_to(self, run: Run) -> None:
+        """Give a run a worker for this edit."""
+        where = f"line {self._block.line} of {os.path.basename(self._block.filename)}"
+        worker = Worker(run, f"the edit at {where}")
+        body = bind(self._block, self._scope.fork(self._block))
+        worker.start(lambda: _run_each_step(run, worker, body))
+        run.workers.append(worker)
+
+
+def _run_each_step(run: Run, worker: Worker, body: Callable[..., None]) -> None:
+    step = 0
+    while reach_step(run, worker, step):
+        worker.step = step
+        worker.calls = None
+        body()
+        step += 1
+
+
+class Editing:
+    """The context that `model.edit()` gives: its block is stored with `store`, not run here.
+
+    `edited` is what the `as` name is bound to.
+    """
+
+    def __init__(self, edited: Envoy, store: Callable[[Edit], None]) -> None:
+        self._edited = edited
+        self._store = store
+        self._block: Block | None = None
+        self._scope: Scope | None = None
+        self._frame_scope: Scope | None = None
+
+    def __enter__(self) -> Any:
+        frame = sys._getframe(1)
+        self._block = capture(frame)
+        self._frame_scope = Scope(frame)
+        self._scope = self._frame_scope.fork(self._block)
+        skip_body(frame)
+        return self._edited
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
+    ) -> bool:
+        if not is_skip(kind):
+            if error is None:
+                raise CaptureError("The body of model.edit() was run where it stands, not stored.")
+            return False
+        block, scope, frame_scope = self._block, self._scope, self._frame_scope
+        assert block is not None and scope is not None and frame_scope is not None
+        self._block = self._scope = self._frame_scope = None
+        self._bind_target(block, scope)
+        self._store(Edit(block, scope))
+        return True
+
+    def _bind_target(self, block: Block, scope: Scope) -> None:
+        if block.target is not None:
+            bind(block.only_target(), scope)(self._edited)
+            scope.write_back(block.target_names())
+        scope.detach()

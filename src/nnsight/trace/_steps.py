@@ -1,0 +1,140 @@
+"""Steps: blocks and loops that run at chosen steps of a generation."""
+
+from __future__ import annotations
+
+import sys
+import warnings
+from collections.abc import Callable, Iterator, Sequence
+from types import TracebackType
+from typing import TYPE_CHECKING
+
+from .._capture import Block, Scope, bind, capture, is_skip, skip_body
+from .._core import Run, Worker, user_frame
+from ..errors import CaptureError, InputError, IterationWarning, OrderError
+
+if TYPE_CHECKING:
+    from ._tracer import Tracer
+
+Bounds = slice | int | Sequence[int]
+
+
+class StepSelector:
+    """`tracer.iter`: indexing it with a slice, a number or a list chooses steps."""
+
+    def __init__(self, tracer: Tracer) -> None:
+        self._tracer = tracer
+
+    def __getitem__(self, bounds: Bounds) -> Steps:
+        return Steps(self._tracer, bounds)
+
+
+class Steps:
+    """Chosen steps, as a loop or as a block.
+
+    `for step in tracer.iter[...]` runs natively; `with tracer.iter[...] as step` runs its block once a step.  Both give
+    the step's number, end when the generation ends, and the code behind them runs.
+    """
+
+    def __init__(self, tracer: Tracer, bounds: Bounds) -> None:
+        self._tracer = tracer
+        self._bounds = bounds
+        self._block: Block | None = None
+        self._scope: Scope | None = None
+
+    # --- as a loop -----------------------------------------------------------------------------------------
+
+    def __iter__(self) -> Iterator[int]:
+        run, worker = self._tracer._active("iter")
+        before = worker.step
+        try:
+            for step in _numbers(self._bounds, worker):
+                worker.step = step
+                worker.calls = None
+                if not reach_step(run, worker, step):
+                    _warn_if_bounded(self._bounds, step)
+                    return
+                yield step
+        finally:
+            worker.step = before
+
+    # --- as a block ----------------------------------------------------------------------------------------
+
+    def __enter__(self) -> int:
+        self._tracer._active("iter")
+        frame = sys._getframe(1)
+        self._block = capture(frame)
+        self._scope = Scope(frame)
+        skip_body(frame)
+        return 0
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
+    ) -> bool:
+        if not is_skip(kind):
+            if error is None:
+                raise CaptureError("The body of tracer.iter was run where it stands, not once a step.")
+            return False
+        block, scope = self._block, self._scope
+        assert block is not None and scope is not None
+        self._block = self._scope = None
+        try:
+            body = self._bind(block, scope)
+            for step in self:
+                body(step)
+        finally:
+            scope.write_back(block.names_bound)
+            scope.close()
+        return True
+
+    def _bind(self, block: Block, scope: Scope) -> Callable[..., None]:
+        _, worker = self._tracer._active("iter")
+        deferred = self._tracer._deferred_of(worker)
+        return bind(block, scope) if deferred is None else deferred.bind(block, scope)
+
+
+def _numbers(bounds: Bounds, worker: Worker) -> Iterator[int]:
+    if isinstance(bounds, slice):
+        step = bounds.start or 0
+        stride = 1 if bounds.step is None else bounds.step
+        if step < 0 or stride < 1 or (bounds.stop is not None and bounds.stop < 0):
+            raise InputError("tracer.iter counts steps from 0 upwards: how many there will be is not known yet.")
+        while bounds.stop is None or step < bounds.stop:
+            yield step
+            step += stride
+        return
+    numbers = [bounds] if isinstance(bounds, int) else sorted(set(bounds))
+    if any(number < 0 for number in numbers):
+        raise InputError("tracer.iter counts steps from 0 upwards: how many there will be is not known yet.")
+    yield from numbers
+
+
+def reach_step(run: Run, worker: Worker, step: int) -> bool:
+    """Wait until a step begins, unless it has begun already; whether there is one."""
+    main = run.start()
+    if main.step >= step:
+        return main.step == step or _raise_passed(step, main.step)
+    if main.done:
+        return False
+    return run.wait_for_step(worker, step)
+
+
+def _raise_passed(step: int, now: int) -> bool:
+    raise OrderError(
+        f"Step {step} of the generation has passed: the model is in step {now}. Ask for steps in ascending order, "
+        "or put this block before the one that waits for later steps."
+    )
+
+
+def _warn_if_bounded(bounds: Bounds, step: int) -> None:
+    if isinstance(bounds, slice) and bounds.stop is None:
+        return
+    frame = user_frame()
+    if frame is not None:
+        warnings.warn_explicit(
+            f"tracer.iter was to reach step {step}, but the generation ended before it.",
+            IterationWarning,
+            frame.f_code.co_filename,
+            frame.f_lineno,
+        )
+
+
