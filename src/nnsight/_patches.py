@@ -3,12 +3,15 @@
 `.save()` and `.value` are mounted on `torch.Tensor` and on the built-in types that traces hand out.  On a
 subclass (an `Enum` that is also a `str`, a dictionary with attribute access) a mounted name stands behind
 everything the subclass itself, or another base of it, defines.
+
+What is needed only now and then is a `Replacement`: it stands while somebody holds it.
 """
 
 from __future__ import annotations
 
 import ctypes
 import gc
+import threading
 from collections.abc import Callable
 from typing import Any
 
@@ -75,3 +78,43 @@ def unmount() -> None:
 
 def _itself(instance: Any) -> Any:
     return instance
+
+
+class Replacement:
+    """A name on a foreign class that stands for something else while anybody holds it.
+
+    `make` is given what the class has under that name, and returns what stands there instead.
+    """
+
+    def __init__(self, cls: type, name: str, make: Callable[[Any], Any]) -> None:
+        self._cls = cls
+        self._name = name
+        self._make = make
+        self._plain: Any = None
+        self._value: Any = None
+        self._inherited = False
+        self._holders = 0
+        self._lock = threading.Lock()
+
+    def hold(self) -> None:
+        """Put it in place; pair with `release`."""
+        with self._lock:
+            self._holders += 1
+            if self._holders > 1:
+                return
+            plain = getattr(self._cls, self._name)
+            if plain is not self._plain:
+                self._plain, self._value = plain, self._make(plain)
+                self._inherited = self._name not in vars(self._cls)
+            setattr(self._cls, self._name, self._value)
+
+    def release(self) -> None:
+        """Put back what was there, once nobody holds it any more."""
+        with self._lock:
+            self._holders -= 1
+            if self._holders or vars(self._cls).get(self._name) is not self._value:
+                return
+            if self._inherited:
+                delattr(self._cls, self._name)
+            else:
+                setattr(self._cls, self._name, self._plain)

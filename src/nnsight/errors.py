@@ -12,6 +12,7 @@ NNsightError
 ├── EditError (TypeError, ValueError) a value cannot be put where it was assigned
 ├── RowsError                         an invoke's rows cannot be told apart at a place
 ├── GradientError                     a gradient that cannot be had
+├── ScanError                         a shape depends on values, which a scan does not compute
 ├── InputError (TypeError, ValueError) an input the model cannot take
 ├── LoadError                         a model or tokenizer cannot be loaded
 ├── CaptureError                      a deferred block cannot be taken from its source
@@ -67,6 +68,10 @@ class RowsError(NNsightError, RuntimeError):
 
 class GradientError(NNsightError, RuntimeError):
     """A gradient that does not exist, or was asked for in the wrong order."""
+
+
+class ScanError(NNsightError, RuntimeError):
+    """Shapes that depend on values, which a scan does not compute."""
 
 
 class InputError(NNsightError, TypeError, ValueError):

@@ -1,4 +1,4 @@
-"""Errors of PyTorch's C++ code in the body and in the model are ordinary exceptions, thousands of times over."""
+"""Errors of PyTorch's C++ code in the body and in the model are ordinary exceptions, every time."""
 
 import json
 import os

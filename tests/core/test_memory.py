@@ -1,5 +1,6 @@
 """What a trace leaves behind: what was kept, and nothing else, without the help of the garbage collector."""
 
+import contextlib
 import gc
 import weakref
 
@@ -102,19 +103,15 @@ def fail_in_model(model, x):
 def handle_failure_of_the_model(model, x):
     with model.trace(x):
         model.layers[1].output = torch.zeros(2, 5)
-        try:
+        with contextlib.suppress(RuntimeError):
             model.output
-        except RuntimeError:
-            pass
 
 
 def handle_late_write(model, x):
     with model.trace(x):
         model.layers[3].output
-        try:
+        with contextlib.suppress(OutOfOrderError):
             model.layers[1].output = 0
-        except OutOfOrderError:
-            pass
 
 
 def handle_late_write_outside(model, x):
@@ -126,10 +123,8 @@ def handle_late_write_outside(model, x):
 
 def handle_never_ran(model, x):
     with model.trace(x):
-        try:
+        with contextlib.suppress(NeverRanError):
             model.unused.output
-        except NeverRanError:
-            pass
 
 
 def interrupt(model, x):

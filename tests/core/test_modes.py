@@ -1,4 +1,4 @@
-"""Grad mode, inference mode, autocast and device blocks of the body and of the model stay on their own side."""
+"""Grad mode, inference mode, autocast and device blocks of body and model stay on their own side."""
 
 import contextlib
 import threading
@@ -154,7 +154,7 @@ class TestModesOfTheBody:
 
     @pytest.mark.parametrize("context", CONTEXTS, ids=NAMES)
     def test_are_gone_after_an_error_in_them(self, context, x):
-        net, model = wrapped(Net)
+        _, model = wrapped(Net)
         with pytest.raises(ZeroDivisionError):
             with model.trace(x):
                 with context():
@@ -224,7 +224,7 @@ class TestModesOfTheModel:
 
     @pytest.mark.parametrize("context", [torch.no_grad, torch.inference_mode])
     def test_the_body_gets_its_own_mode_back_before_the_model_has_ended(self, context, x):
-        net, model = wrapped(Net, context)
+        _, model = wrapped(Net, context)
         with model.trace(x):
             model.layers[1].output
             model.layers[2].output
@@ -233,7 +233,7 @@ class TestModesOfTheModel:
             assert (weight * 2).requires_grad
 
     def test_inference_mode_of_the_body_survives_that_of_the_model(self, x):
-        net, model = wrapped(Net, torch.inference_mode)
+        _, model = wrapped(Net, torch.inference_mode)
         with model.trace(x):
             model.layers[1].output
             with torch.inference_mode():
@@ -244,7 +244,7 @@ class TestModesOfTheModel:
         assert after == PLAIN
 
     def test_inference_mode_of_the_body_ends_within_that_of_the_model(self, x):
-        net, model = wrapped(Whole, torch.inference_mode)
+        _, model = wrapped(Whole, torch.inference_mode)
         with model.trace(x):
             with torch.inference_mode():
                 model.layers[0].output
@@ -254,7 +254,7 @@ class TestModesOfTheModel:
             assert torch.equal(out, torch.zeros(2, 4))
 
     def test_errors_under_inference_mode(self, x):
-        net, model = wrapped(Whole, torch.inference_mode)
+        _, model = wrapped(Whole, torch.inference_mode)
         with pytest.raises(ZeroDivisionError):
             with model.trace(x):
                 model.layers[0].output
@@ -266,7 +266,7 @@ class TestModesOfTheModel:
         assert modes() == PLAIN
 
     def test_stop_under_inference_mode(self, x):
-        net, model = wrapped(Whole, torch.inference_mode)
+        _, model = wrapped(Whole, torch.inference_mode)
         with model.trace(x) as tracer:
             model.layers[0].output
             tracer.stop()
@@ -285,7 +285,7 @@ class TestModesOfTheModel:
         assert seen(net) == [expected_in(torch.no_grad)] * 3
 
     def test_mixed_autocast(self, x):
-        net, model = wrapped(Whole, bfloat16)
+        _, model = wrapped(Whole, bfloat16)
         with model.trace(x):
             hidden = model.layers[0].output
             assert hidden.dtype == torch.bfloat16
@@ -295,7 +295,7 @@ class TestModesOfTheModel:
 
     def test_modes_inside_a_nested_trace(self, x):
         net, model = wrapped(Whole, torch.no_grad)
-        other, inner = wrapped(Net, bfloat16)
+        _, inner = wrapped(Net, bfloat16)
         with model.trace(x):
             model.layers[0].output
             with torch.no_grad():

@@ -5,6 +5,7 @@ import sys
 import threading
 import time
 from concurrent.futures import ThreadPoolExecutor
+from functools import partial
 
 import greenlet
 import pytest
@@ -107,7 +108,7 @@ def test_first_traces_of_a_model_may_be_concurrent():
         net = Net()
         model, xs = NNsight(net), inputs(THREADS)
         alone = [trace(NNsight(copy_of(net)), x, number) for number, x in enumerate(xs)]
-        found = together([lambda n=n: trace(model, xs[n], n) for n in range(THREADS)])
+        found = together([partial(trace, model, x, number) for number, x in enumerate(xs)])
         assert [same(*pair) for pair in zip(found, alone, strict=True)] == [True] * THREADS
 
 

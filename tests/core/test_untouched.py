@@ -2,6 +2,7 @@
 
 import sys
 import threading
+import warnings
 from collections import OrderedDict
 from concurrent.futures import ThreadPoolExecutor
 
@@ -9,6 +10,7 @@ import pytest
 import torch
 from accelerate.hooks import ModelHook, add_hook_to_module
 from torch.nn import Linear, Module, ModuleList, ReLU, Sequential
+from torch.utils.checkpoint import checkpoint
 
 from nnsight import NNsight
 
@@ -70,7 +72,10 @@ KINDS = [plainly, with_hooks, with_own_forwards, with_both]
 def state(module):
     """`vars` of every module, with copies of what a trace could change in place."""
     return [
-        {name: dict(value) if isinstance(value, (dict, OrderedDict)) else value for name, value in vars(m).items()}
+        {
+            name: dict(value) if isinstance(value, (dict, OrderedDict)) else value
+            for name, value in vars(m).items()
+        }
         for m in module.modules()
     ]
 
@@ -90,7 +95,7 @@ def x():
 
 
 def observed(net, call):
-    """What every module is called with and returns, after all hooks that were there before, by plain hooks."""
+    """What every module is called with and returns, after all other hooks, by plain hooks."""
     seen, handles = {}, []
     for name, module in net.named_modules():
 
@@ -109,7 +114,14 @@ class Stop(Exception):
 
 
 def read(model):
-    for envoy in (model.blocks[0].lin, model.blocks[0].act, model.blocks[0], model.blocks[1].lin, model.head, model):
+    for envoy in (
+        model.blocks[0].lin,
+        model.blocks[0].act,
+        model.blocks[0],
+        model.blocks[1].lin,
+        model.head,
+        model,
+    ):
         envoy.output
 
 
@@ -423,3 +435,156 @@ class TestOverlappingWrappers:
             for job in jobs:
                 job.result(60)
         assert state(net) == before
+
+
+class TestUnusualModules:
+    def test_scripted_leaf(self, x):
+        leaf = scripted(Linear(4, 4))
+        net = Sequential(leaf, ReLU())
+        before, model = state(net), NNsight(net)
+        for _ in range(2):
+            with model.trace(x):
+                hidden = model[0].output
+                model[1].output = torch.zeros(3, 4)
+                out = model.output
+            assert state(net) == before
+        assert torch.equal(hidden, leaf(x))
+        assert not out.any()
+
+    def test_scripted_container(self, x):
+        inner = scripted(Sequential(Linear(4, 4), ReLU()))
+        net = Sequential(inner, Linear(4, 4))
+        model = NNsight(net)
+        with model.trace(x):
+            hidden = model[0].output
+            out = model.output
+        assert torch.equal(hidden, inner(x))
+        assert torch.equal(out, net(x))
+
+    def test_compiled_in_place(self, x):
+        net = Sequential(Sequential(Linear(4, 4), ReLU()), Linear(4, 4))
+        net[0].compile(backend="eager")
+        expected = net(x)
+        model = NNsight(net)
+        for _ in range(2):
+            with model.trace(x):
+                hidden = model[0].output
+                model[0].output = torch.zeros(3, 4)
+                out = model.output
+            assert torch.equal(hidden, net[0](x))
+            assert torch.equal(out, net[1](torch.zeros(3, 4)))
+            assert torch.equal(net(x), expected)
+
+    def test_compiled_wrapper(self, x):
+        net = Sequential(torch.compile(Sequential(Linear(4, 4), ReLU()), backend="eager"), Linear(4, 4))
+        expected = net(x)
+        model = NNsight(net)
+        for _ in range(2):
+            with model.trace(x):
+                model[0].output = torch.zeros(3, 4)
+                out = model.output
+            assert torch.equal(out, net[1](torch.zeros(3, 4)))
+            assert torch.equal(net(x), expected)
+
+    def test_parametrized(self, x):
+        net = Sequential(torch.nn.utils.parametrizations.weight_norm(Linear(4, 4)), ReLU())
+        before, model = state(net), NNsight(net)
+        for _ in range(2):
+            with model.trace(x):
+                hidden = model[0].output
+            assert state(net) == before
+            assert torch.equal(hidden, net[0](x))
+
+    def test_attributes_of_another_module(self, x):
+        class Delegates(Module):
+            def __init__(self, inner):
+                super().__init__()
+                self.inner = inner
+
+            def __getattr__(self, name):
+                try:
+                    return super().__getattr__(name)
+                except AttributeError:
+                    return getattr(super().__getattr__("inner"), name)
+
+            def forward(self, x):
+                return self.inner(x) + 1
+
+        net = Sequential(Delegates(Linear(4, 4)), ReLU())
+        before, model = state(net), NNsight(net)
+        for _ in range(2):
+            with model.trace(x):
+                inner = model[0].inner.output
+                hidden = model[0].output
+            assert state(net) == before
+            assert torch.equal(inner + 1, hidden)
+
+    def test_call_of_its_own(self, x):
+        class Doubles(Linear):
+            def __call__(self, x):
+                return super().__call__(x) * 2
+
+        net = Sequential(Doubles(4, 4), ReLU())
+        model = NNsight(net)
+        with model.trace(x):
+            hidden = model[0].output
+            given = model[1].input
+        assert torch.equal(given, hidden * 2)
+
+    def test_root_that_calls_itself(self, x):
+        class Recursive(Module):
+            def __init__(self):
+                super().__init__()
+                self.lin = Linear(4, 4)
+
+            def forward(self, x, depth=2):
+                return self(self.lin(x), depth - 1) if depth else x
+
+        net = Recursive()
+        model = NNsight(net)
+        for _ in range(2):
+            with model.trace(x):
+                first = model.lin.output
+                out = model.output
+            assert torch.equal(first, net.lin(x))
+            assert torch.equal(out, net(x))
+
+    def test_checkpointed(self, x):
+        class Checkpointed(Module):
+            def __init__(self):
+                super().__init__()
+                self.first, self.second = Linear(4, 4), Linear(4, 4)
+
+            def forward(self, x):
+                return self.second(checkpoint(self.first, x, use_reentrant=False))
+
+        net = Checkpointed()
+        model = NNsight(net)
+        x.requires_grad_()
+        net(x).sum().backward()
+        expected, x.grad = x.grad, None
+        for _ in range(2):
+            with model.trace(x):
+                model.first.output
+                model.output.sum().backward()
+            assert torch.equal(x.grad, expected)
+            x.grad = None
+
+    def test_forward_assigned_in_the_body_stays(self, x):
+        net = Sequential(Linear(4, 4), ReLU())
+        model = NNsight(net)
+
+        def own(x):
+            return x * 0
+
+        with model.trace(x):
+            model[1].input
+            net[1].forward = own
+        assert vars(net[1])["forward"] is own
+        assert not net(x).any()
+
+
+def scripted(module):
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        return torch.jit.script(module)

@@ -3,7 +3,7 @@
 MODEL = """
 import torch
 from nnsight import NNsight
-torch.manual_seed(0)
+_ = torch.manual_seed(0)
 net = torch.nn.Sequential(torch.nn.Linear(2, 2), torch.nn.ReLU(), torch.nn.Linear(2, 1))
 model = NNsight(net)
 x = torch.ones(3, 2)
@@ -23,7 +23,7 @@ with model.trace(x): one = model[0].output
 
 print("one line", torch.equal(one, hidden))
 with model.trace(x):
-    model[2].output
+    late = model[2].output
     model[0].output = x
 
 print("still here")
@@ -103,8 +103,7 @@ print("end", out.shape[0])
 
 
 def test_debugger_steps_into_the_model(python):
-    script = (
-        """
+    script = """
 import torch
 from nnsight import NNsight
 
@@ -119,7 +118,6 @@ with model.trace(torch.ones(1)):
     second = model[1].output
 print("end", second.item())
 """
-    )
     line = script.lstrip().splitlines().index("        return secret") + 1
     commands = f"""
         break {line}
@@ -224,6 +222,8 @@ print("end")
 
 
 def test_optimised_python(python):
-    script = MODEL + "with model.trace(x):\n    hidden = model[0].output\nprint(torch.equal(hidden, net[0](x)))\n"
+    script = (
+        MODEL + "with model.trace(x):\n    hidden = model[0].output\nprint(torch.equal(hidden, net[0](x)))\n"
+    )
     done = python("-OO", "-W", "ignore", "script.py", script=script)
     assert (done.returncode, done.stdout) == (0, "True\n"), done.stderr

@@ -31,17 +31,17 @@ def x():
 class TestForms:
     # fmt: off
     def test_one_line(self, net, model, x):
-        with model.trace(x): hidden = model[0].output.save()
+        with model.trace(x): hidden = model[0].output.save()  # noqa: E701
         assert torch.equal(hidden, net[0](x))
 
     def test_one_line_of_several_statements(self, net, model, x):
-        with model.trace(x) as tracer: a = model[0].output; b = model[1].output; c = tracer.result
+        with model.trace(x) as tracer: a = model[0].output; b = model[1].output; c = tracer.result  # noqa: E701, E702
         assert torch.equal(a, net[0](x))
         assert torch.equal(b, net[:2](x))
         assert torch.equal(c, net(x))
 
     def test_several_items(self, net, model, x):
-        with torch.no_grad(), model.trace(x), torch.enable_grad(): hidden = model[0].output
+        with torch.no_grad(), model.trace(x), torch.enable_grad(): hidden = model[0].output  # noqa: E701
         assert not hidden.requires_grad
     # fmt: on
 
@@ -424,8 +424,8 @@ class TestContext:
         def body():
             with model.trace(x):
                 hidden = model[0].output
-                hidden = hidden + 1
-            return hidden
+                more = hidden + 1
+            return more + 1
 
         before = sys.gettrace()
         sys.settrace(follow)

@@ -6,12 +6,18 @@ the model goes on with the value as it was left.
 """
 
 from ._coroutine import current_pass as current_pass
+from ._fakes import Fakes as Fakes
 from ._frames import describe_line as describe_line
 from ._frames import trim as trim
 from ._frames import user_frame as user_frame
 from ._frames import user_line as user_line
 from ._instrument import Instruments as Instruments
+from ._instrument import plain_forward as plain_forward
 from ._layouts import Probe as Probe
+from ._modes import capture_modes as capture_modes
+from ._modes import switch_modes as switch_modes
+from ._order import path_of as path_of
+from ._pass import Override as Override
 from ._rows import Rows as Rows
 from ._run import Call as Call
 from ._run import Run as Run
@@ -24,6 +30,7 @@ from ._visit import INPUT as INPUT
 from ._visit import OUTPUT as OUTPUT
 from ._visit import RESULT as RESULT
 from ._visit import STEP as STEP
+from ._visit import OperationPlace as OperationPlace
 from ._visit import Place as Place
 from ._visit import Visit as Visit
 from ._worker import Worker as Worker

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 
-from ..errors import OutOfOrderError
+from ..errors import EditError, NNsightError, OutOfOrderError
 from ._frames import Line, describe_line, user_line
 from ._tensors import Snapshot, has_changed, snapshot, tensors_in
 
@@ -18,10 +18,11 @@ if TYPE_CHECKING:
 
 
 class Edit(NamedTuple):
-    """The value one visit left with, and the versions its tensors had then."""
+    """The value one visit left with, and the versions its tensors had then; `skipped` says that it stands for a call."""
 
     value: Any
     versions: Snapshot
+    skipped: bool
 
 
 class LateRead(NamedTuple):
@@ -36,6 +37,23 @@ class LateRead(NamedTuple):
         tensor = self.tensor()
         return tensor is not None and tensor._version != self.version
 
+    def error(self) -> NNsightError:
+        return OutOfOrderError(
+            f"Value was missed: {self.path} had already passed when it was read at {self.line}, so changing "
+            "it in place changes nothing in the model. Move that line up to where the model reaches it, "
+            "or work on a copy: value.clone()."
+        )
+
+
+class Copied(LateRead):
+    """A tensor made from a value of the model, in memory of its own."""
+
+    def error(self) -> NNsightError:
+        return EditError(
+            f"{self.path}, read at {self.line}, is a copy of the model's value, so changing it in place changes "
+            f"nothing in the model. Assign the changed value instead ({self.path} = ...), or work on value.clone()."
+        )
+
 
 class Edits:
     """A record of one run, by place, kind and occurrence."""
@@ -45,6 +63,7 @@ class Edits:
         self.random_state: torch.Tensor | None = None
         self.late_reads: list[LateRead] = []
         self.keeping = False
+        self._fresh: list[torch.Tensor] = []  # tensors given since the last check, which may have been dropped
         self._untracked = False
         self._inputs: Snapshot = []
         self._reads: list[tuple[weakref.ref[torch.Tensor], int, str]] = []
@@ -85,7 +104,7 @@ class Edits:
                 changed = has_changed(value, versions)
         visit.given = None
         if changed and self.keeping:
-            value = visit.value
+            value = visit.value if visit.skipped is None else visit.skipped[0]
             if type(value) is torch.Tensor and not value.is_inference():
                 versions = [(value, value._version)]
             else:
@@ -93,7 +112,7 @@ class Edits:
             if versions is None:
                 self._untracked = True
             else:
-                self.by_visit[visit.place, visit.kind, visit.index] = Edit(visit.value, versions)
+                self.by_visit[visit.place, visit.kind, visit.index] = Edit(value, versions, visit.skipped is not None)
 
     def note_write(self, path: str, frame: FrameType | None) -> None:
         """Remember which line assigned to `path`, for the error that may follow from it."""
@@ -126,27 +145,34 @@ class Edits:
     def note_late_read(self, path: str, value: Any) -> None:
         """Remember a value that a second pass served."""
         line = describe_line(user_line())
+        tensors = [tensor for tensor in tensors_in(value) if not tensor.is_inference()]
+        self.late_reads += [LateRead(weakref.ref(tensor), tensor._version, path, line) for tensor in tensors]
+        self._fresh += tensors
+
+    def note_copy(self, path: str, shown: Any, value: Any) -> None:
+        """Remember tensors in `shown`, made from `value`, that do not share its memory."""
+        shared = {tensor.untyped_storage()._cdata for tensor in tensors_in(value)}
+        copies = [tensor for tensor in tensors_in(shown) if tensor.untyped_storage()._cdata not in shared]
+        line = describe_line(user_line()) if copies else ""
         self.late_reads += [
-            LateRead(weakref.ref(tensor), tensor._version, path, line)
-            for tensor in tensors_in(value)
-            if not tensor.is_inference()
+            Copied(weakref.ref(tensor), tensor._version, path, line) for tensor in copies if not tensor.is_inference()
         ]
+        self._fresh += copies
 
     def check_late_reads(self) -> None:
         """Refuse in-place changes of values whose place had passed: they reach nothing."""
         for read in self.late_reads:
             if read.has_changed():
                 self.late_reads.clear()
-                raise OutOfOrderError(
-                    f"Value was missed: {read.path} had already passed when it was read at {read.line}, so changing "
-                    "it in place changes nothing in the model. Move that line up to where the model reaches it, "
-                    "or work on a copy: value.clone()."
-                )
+                raise read.error()
+        self._fresh.clear()
+        self.late_reads = [read for read in self.late_reads if read.tensor() is not None]
 
     def clear(self) -> None:
         """Let go of every value."""
         self.by_visit.clear()
         self.late_reads.clear()
+        self._fresh.clear()
         self._inputs = []
         self._reads.clear()
 

@@ -22,7 +22,7 @@ from torch._subclasses.fake_tensor import (
 from torch.nn import Module
 from torch.overrides import TorchFunctionMode
 
-ScanError=RuntimeError
+from ..errors import ScanError
 from ._tensors import map_tensors
 
 _UNKNOWN_VALUES = (DataDependentOutputException, DynamicOutputShapeException)

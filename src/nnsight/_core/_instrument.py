@@ -7,6 +7,8 @@ instrumented before the model starts; a leaf is instrumented when it is asked fo
 
 from __future__ import annotations
 
+import inspect
+import functools
 import threading
 import weakref
 from collections.abc import Callable, Iterable
@@ -34,11 +36,15 @@ def make_replacement(module: Module, previous: Forward | None) -> Forward:
     def forward(*args: Any, **kwargs: Any) -> Any:
         current = getcurrent()
         plain = previous or type(module).forward.__get__(module)
-        if current.__class__ is Coroutine and current.serves is not None:
-            return current.serves.call(module, plain, args, kwargs)
+        if current.__class__ is Coroutine:
+            serves = current.serves
+            if serves is not None:
+                serve = serves.deliver if serves.awaited is module else serves.call
+                return serve(module, plain, args, kwargs)
         return plain(*args, **kwargs)
 
-    return forward
+    # Models look at the signature of `self.forward` to decide what to pass (`generate` of transformers does).
+    return functools.update_wrapper(forward, previous or type(module).forward.__get__(module))
 
 
 _REPLACEMENT_CODE = make_replacement(Module(), None).__code__
@@ -46,6 +52,14 @@ _REPLACEMENT_CODE = make_replacement(Module(), None).__code__
 
 def _is_ours(forward: object) -> bool:
     return getattr(forward, "__code__", None) is _REPLACEMENT_CODE
+
+
+def plain_forward(module: Module) -> Forward:
+    """The module's forward as it is outside a run, bound to the module."""
+    own = vars(module).get("forward")
+    while _is_ours(own):
+        own = inspect.getclosurevars(own).nonlocals.get("previous")
+    return type(module).forward.__get__(module) if own is None else own
 
 
 class Container:
@@ -77,6 +91,7 @@ class Instruments:
         self._leaves: dict[Module, Forward] = {}
         self._parents: dict[Module, Module | None] = {}
         self._eager: set[Module] = set()
+        self._shared: frozenset[Module] | None = None
         self.profile: dict[Module, int] | None = None
         self.layouts: Layouts | None = None
 
@@ -148,6 +163,15 @@ class Instruments:
             self._parents = _find_parents(self.root)
         return self._parents.get(module)
 
+    def shared(self) -> frozenset[Module]:
+        """The modules that stand at more than one place of the tree, with all inside them."""
+        if self._shared is None:
+            seen: set[Module] = set()
+            children = [c for m in self.root.modules() for c in m._modules.values() if c is not None]
+            twice = [c for c in children if c in seen or seen.add(c)]
+            self._shared = frozenset(inner for module in twice for inner in module.modules())
+        return self._shared
+
     def modules(self) -> Iterable[Module]:
         """Every module of the tree once."""
         return self.root.modules()
@@ -162,6 +186,7 @@ class Instruments:
         here = {c.module for c in self._containers}
         self._always += [Container(m) for m in self._eager - here]
         self._parents = {}
+        self._shared = None
 
     def _replace_own(self, module: Module) -> None:
         current = vars(module).get("forward")

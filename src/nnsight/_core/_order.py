@@ -9,7 +9,7 @@ from torch.nn import Module
 
 from ..errors import NeverRanError, OrderError, OutOfOrderError, OutOfOrderWarning
 from ._frames import describe_line, user_frame, user_line
-from ._visit import Place, Request
+from ._visit import OperationPlace, Place, Request
 
 if TYPE_CHECKING:
     from ._run import Run
@@ -24,12 +24,14 @@ def explain_late(run: Run, worker: Worker, request: Request, write: bool) -> Ord
         names = ", ".join(repr(name) for name in worker.waited[-3:])
         return _out_of_order(run, request, f"It had passed while {worker.label} waited for {names}.")
     if write:
-        return _out_of_order(run, request, "It cannot be changed any more.")
+        reason = _unseen(run, request) or "It cannot be changed any more."
+        return _out_of_order(run, request, reason)
     if run.strict:
         return _out_of_order(run, request, "Strict order is on, so no second pass serves it.")
     obstacle = run.edits.obstacle()
     if obstacle is not None:
-        return _out_of_order(run, request, f"A second pass could not serve it: {obstacle}.")
+        reason = f"A second pass could not serve it: {obstacle}. {_unseen(run, request)}"
+        return _out_of_order(run, request, reason.rstrip())
     return None
 
 
@@ -38,9 +40,10 @@ def warn_late(run: Run, request: Request) -> None:
     frame = user_frame()
     if frame is None:
         return
+    advice = _unseen(run, request) or "Reading in the order the model runs (move this line up)"
     message = (
         f"{_name(request)} was asked for at {describe_line(user_line())} after {_whereabouts(run)}: a second forward "
-        "pass serves it. Reading in the order the model runs (move this line up) saves that pass."
+        f"pass serves it. {advice.rstrip('.')} saves that pass."
     )
     warnings.warn_explicit(
         message, OutOfOrderWarning, frame.f_code.co_filename, frame.f_lineno, module=frame.f_globals.get("__name__")
@@ -54,16 +57,36 @@ def never_ran(run: Run, request: Request) -> NeverRanError:
 
 def _never_runs(run: Run, request: Request) -> bool:
     main, profile = run.main, run.instruments.profile
-    if main is None or main.counts.get(request.place):
+    if main is None:
+        return False
+    if main.sight is not None and main.sight.was_skipped(request):
+        return True
+    if isinstance(request.place, OperationPlace):
+        return main.see().never_comes(request)
+    if main.counts.get(request.place):
         return False
     if isinstance(request.place, Module):
         return profile is not None and not profile.get(request.place)
     return main.done
 
 
+def _unseen(run: Run, request: Request) -> str:
+    """What to write where an operation was not seen because its function was running when it was asked for."""
+    place, main = request.place, run.main
+    if main is None or not isinstance(place, OperationPlace) or not main.see().is_late(request):
+        return ""
+    source = request.path.rpartition(".")[0]
+    return f"Naming {source} before {path_of(run, place.module)} starts (at the top of the block) makes it visible."
+
+
 def _never_ran(run: Run, request: Request) -> NeverRanError:
     which = "" if request.step is None else f" in step {request.step}"
     times = f" {request.call + 1} times" if request.call else ""
+    if run.main is not None and run.main.sight is not None and run.main.sight.was_skipped(request):
+        return NeverRanError(
+            f"{_name(request)} was asked for at {describe_line(user_line())}, but it does not run{which}: it is inside a "
+            "module that is skipped. Read it in another trace, or assign to the outer module's .output in place of .skip()."
+        )
     return NeverRanError(
         f"{_name(request)} was asked for at {describe_line(user_line())}, but it does not run{times}{which} in this "
         "forward pass: the model never calls it with these inputs and settings. Print the model, or "
@@ -79,7 +102,7 @@ def _out_of_order(run: Run, request: Request, reason: str) -> OutOfOrderError:
 
 
 def _name(request: Request) -> str:
-    if isinstance(request.place, Place):
+    if isinstance(request.place, Place) and not isinstance(request.place, OperationPlace):
         return request.path
     return f"{request.path}.{request.kind}"
 
@@ -101,4 +124,6 @@ def path_of(run: Run, place: Any) -> str:
     if isinstance(place, Module):
         names = [name for name, module in run.instruments.root.named_modules() if module is place]
         return f"model.{names[0]}".rstrip(".") if names else type(place).__name__
+    if isinstance(place, OperationPlace):
+        return f"{path_of(run, place.owner)}.source.{place.name}"
     return str(place)

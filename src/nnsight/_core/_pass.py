@@ -11,10 +11,12 @@ from torch.nn.modules.module import _global_forward_hooks
 
 from ._coroutine import Coroutine, borrow, give_back
 from ._modes import Modes, capture_modes, is_inference, switch_modes, with_inference
-from ._visit import INPUT, OUTPUT, RESULT, STEP, Request, Visit
+from ._sight import Sight
+from ._visit import INPUT, OUTPUT, RESULT, STEP, OperationPlace, Request, Visit
 
 if TYPE_CHECKING:
     from ._instrument import Instruments
+    from ._record import Recorder
 
 Override = Callable[[Callable[..., Any]], Callable[..., Any]]
 
@@ -41,6 +43,7 @@ class Pass:
         "_serve",
         "_step_counts",
         "_stepper",
+        "awaited",
         "closing",
         "counts",
         "done",
@@ -49,7 +52,10 @@ class Pass:
         "guards",
         "here",
         "learning",
+        "recorders",
         "running",
+        "sight",
+        "single",
         "step",
         "wanted_inputs",
         "wanted_outputs",
@@ -67,6 +73,7 @@ class Pass:
         begin: Callable[[], None] | None = None,
     ) -> None:
         self.here: Visit | None = None
+        self.awaited: Module | None = None
         self.done = self.closing = self.learning = False
         self.error: BaseException | None = None
         self.step = -1
@@ -75,7 +82,10 @@ class Pass:
         self.final: dict[Any, Any] = {}
         self.wanted_inputs: dict[Any, int] = {}
         self.wanted_outputs: dict[Any, int] = {}
-        self.guards: dict[Any, set[Module]] = {}
+        self.guards: dict[Any, set[Any]] = {}
+        self.sight: Sight | None = None
+        self.single = getattr(call, "function", None) is stepper  # there is one step
+        self.recorders: dict[Any, list[Recorder]] = {}
         self._step_counts: dict[Any, int] = {}
         self._counted: set[Module] = set()
         self._all_counted = self._borrowed_inference = False
@@ -122,6 +132,8 @@ class Pass:
         coroutine, self._coroutine = self._coroutine, None
         if coroutine is not None:
             body = capture_modes()
+            if not self.done:
+                switch_modes(body, self._modes)  # the model's own `with` blocks end here
             give_back(coroutine)
             if self._borrowed_inference:
                 switch_modes(capture_modes(), with_inference(body, False))
@@ -129,7 +141,7 @@ class Pass:
                 switch_modes(capture_modes(), body)
         self._call = self._serve = self._missed = _nothing
         self._begin = None
-        self.here = self._driver = None
+        self.here = self._driver = self.sight = self.awaited = None
         self.final = {}
 
     # --- called in the model's coroutine -------------------------------------------------------------
@@ -151,17 +163,32 @@ class Pass:
                 self._begin_step()
             if place in self.wanted_inputs:
                 visit = self._visit(place, INPUT, (args, kwargs), index)
-                if visit.skipped:
-                    return self._leave(place, visit.value, index, args, kwargs)
+                if visit.skipped is not None:
+                    self._pass_by_inside(place)
+                    return self._leave(place, visit.skipped[0], index, args, kwargs)
                 args, kwargs = visit.value
             if self._overrides and place in self._overrides:
                 plain = self._overrides[place](plain)
+            if self.recorders and place in self.recorders:
+                for recorder in self.recorders[place]:
+                    recorder.begin(args, kwargs, index)
             result = plain(*args, **kwargs)
-            if place in self.wanted_outputs or place in self.guards:
+            if place in self.wanted_outputs or place in self.guards or place in self.recorders:
                 return self._leave(place, result, index, args, kwargs)
             return result
         finally:
             self.running.pop()
+
+    def deliver(self, module: Module, plain: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        """Call the leaf that a run's only worker waits for: `call` without what the others would need."""
+        self.awaited = None
+        result = plain(*args, **kwargs)
+        self.counts[module] = 1
+        visit = self.here = Visit(module, OUTPUT, result, 0, 0, 0, (args, kwargs))
+        self._driver.switch()  # type: ignore[union-attr]
+        self._serve(visit)
+        self.here = None
+        return visit.value
 
     def touch(self, place: Any, value: Any) -> Any:
         """Let a value appear at a place that is not a call; returns it as edited."""
@@ -184,6 +211,8 @@ class Pass:
             result = visit.value
         if place in self.guards:
             self._pass_by_children(place)
+        for recorder in self.recorders.get(place, ()):
+            recorder.end(result, args, kwargs, index)
         return result
 
     def _leave_after_hooks(
@@ -198,14 +227,19 @@ class Pass:
                 result = self._visit(module, OUTPUT, result, index, (args, kwargs)).value
             if module in self.guards:
                 self._pass_by_children(module)
+            for recorder in self.recorders.get(module, ()):
+                recorder.end(result, args, kwargs, index)
             return result
 
         handle = module.register_forward_hook(last)
 
     def _visit(self, place: Any, kind: str, value: Any, index: int, inputs: Any = None) -> Visit:
         step, outer = self.step, self.here
-        call = index - self._step_counts.get(place, 0) if step > 0 else index
-        visit = self.here = Visit(place, kind, value, index, step if step > 0 else 0, call, inputs)
+        if step > 0:
+            visit = Visit(place, kind, value, index, step, index - self._step_counts.get(place, 0), inputs)
+        else:
+            visit = Visit(place, kind, value, index, 0, index, inputs)
+        self.here = visit
         self._serve(visit)
         self.here = outer
         return visit
@@ -278,29 +312,63 @@ class Pass:
         if parent is None or not count:
             return
         # A leaf that is always called once in a call of its parent: the parent's count tells its own.
-        if parent in self.running:
-            count -= self.running.count(parent)
-            guarded = self.guards.get(parent)
-            if guarded is None:
-                self.guards[parent] = {module}
-            else:
-                guarded.add(module)
+        running = self.running.count(parent)
+        if running:
+            count -= running
+            self.guard(parent, module)
         if count:
             self.counts[module] = count
             self._step_counts[module] = self._step_counts.get(parent, 0)
 
+    def guard(self, parent: Module, place: Any) -> None:
+        """When a call of `parent` is over, see to it that `place`, called in it, counts as passed."""
+        guarded = self.guards.get(parent)
+        if guarded is None:
+            self.guards[parent] = {place}
+        else:
+            guarded.add(place)
+
     def _pass_by_children(self, parent: Module) -> None:
-        for module in self.guards.pop(parent):
-            self.counts[module] = max(self.counts.get(module, 0), self.counts[parent])
+        for place in self.guards.pop(parent):
+            if place.__class__ is OperationPlace:
+                if not self.see().leave(place):
+                    self.guard(parent, place)
+            else:
+                self.counts[place] = max(self.counts.get(place, 0), self.counts[parent])
         self._missed()
+
+    def _pass_by_inside(self, place: Any) -> None:
+        # What this pass counts is no profile of the model any more.
+        self.learning = False
+        if isinstance(place, Module) and place._modules:
+            self.see().skip(place)
+            for module in [m for m in place.modules() if m is not place and m in self.guards]:
+                self._pass_by_children(module)
+            self._missed()
+
+    def see(self) -> Sight:
+        """What this pass knows of operations and of skipped calls."""
+        if self.sight is None:
+            self.sight = Sight(self, self._instruments)
+        return self.sight
+
+    def calls_before_step(self, place: Any) -> int:
+        """How many calls of `place` had begun when the current step did."""
+        return self._step_counts.get(place, 0) if self.step > 0 else 0
 
     def ended(self, place: Any) -> int:
         """How many calls of `place` are over."""
         return self.counts.get(place, 0) - self.running.count(place)
 
+    def call_in_step(self, place: Any, index: int) -> int:
+        """The number within its step of a place's call number `index`."""
+        return index - self._step_counts.get(place, 0) if self.step > 0 else index
+
     def has_passed(self, request: Request) -> bool:
         """Whether the occurrence that `request` asks for is over."""
         place = request.place
+        if place.__class__ is OperationPlace and self.see().is_out_of_sight(request):
+            return True
         if request.step is None and place not in self.counts:
             return False
         count = self.counts.get(place, 0) if request.kind == INPUT else self.ended(place)
@@ -312,9 +380,10 @@ class Pass:
 
     def _learned(self) -> None:
         self.learning = False
-        self._instruments.profile = dict(self.counts)
+        counts = self._instruments.profile = dict(self.counts)
+        if self.step > 0:
+            counts[self._stepper] -= 1  # the step that begins now
         parent = self._instruments.parent
-        counts = self.counts
         odd = [
             module
             for module in self._instruments.modules()

@@ -11,7 +11,7 @@ from ._order import never_ran, warn_late
 from ._pass import Pass
 from ._preserve import preserved_buffers
 from ._tensors import map_tensors
-from ._visit import Request, Visit
+from ._visit import OperationPlace, Request, Visit
 
 if TYPE_CHECKING:
     from ._run import Run
@@ -26,18 +26,17 @@ class Replay:
         self._request: Request | None = None
         self._random_state = run.edits.random_state
         self._warned = False
-        self._passes = 0
 
     def reach(self, request: Request) -> Visit:
         """The visit that `request` asks for, in a repetition of the main pass."""
         if not self._warned:
             self._warned = True
             warn_late(self._run, request)
-        current = self._pass
+        current, fresh = self._pass, False
         if current is None or current.done or current.has_passed(request):
-            current = self._restart()
+            current, fresh = self._restart(), True
         found = self._advance(current, request)
-        if found is None and self._passes > 1:
+        if found is None and not fresh:
             found = self._advance(self._restart(), request)
         if found is None:
             raise never_ran(self._run, request)
@@ -53,7 +52,6 @@ class Replay:
         self.close()
         run = self._run
         assert run.call is not None
-        self._passes += 1
         self._random_state = run.edits.random_state
         self._pass = Pass(
             run.call, run.instruments, run.stepper, run.modes, run.overrides, self._serve, self._missed
@@ -68,6 +66,8 @@ class Replay:
             return here
         if isinstance(request.place, torch.nn.Module) and not request.place._modules:
             current.watch(request.place)
+        elif isinstance(request.place, OperationPlace):
+            current.see().watch(request.place)
         self._request = request
         current.want(request)
         try:
@@ -85,7 +85,11 @@ class Replay:
     def _serve(self, visit: Visit) -> None:
         edit = self._run.edits.by_visit.get((visit.place, visit.kind, visit.index))
         if edit is not None:
-            visit.value = map_tensors(lambda tensor: tensor.detach().clone(), edit.value)
+            value = map_tensors(lambda tensor: tensor.detach().clone(), edit.value)
+            if edit.skipped:
+                visit.skipped = (value,)
+            else:
+                visit.value = value
         request = self._request
         if request is not None and request.kind == visit.kind and visit.is_occurrence(request):
             assert self._pass is not None

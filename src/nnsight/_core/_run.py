@@ -2,15 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection
+from collections.abc import Callable, Collection, Iterable
 from types import FrameType
 from typing import Any
 
 import torch
 from torch.nn import Module
+from torch.nn.modules.module import _global_forward_hooks
 
 from ..config import CONFIG
-from ..errors import EditError, NNsightError, OutOfOrderError, StoppedError, WaitError
+from ..errors import EditError, NNsightError, OutOfOrderError, RowsError, StoppedError, WaitError
 from ._edits import Edits
 from ._frames import user_frame
 from ._instrument import Instruments
@@ -18,8 +19,9 @@ from ._layouts import Layouts, Probe
 from ._modes import capture_modes
 from ._order import explain_late
 from ._pass import Override, Pass
+from ._record import Recorder, Recording
 from ._replay import Replay
-from ._rows import Layout
+from ._rows import Layout, take
 from ._scoped import Scoped
 from ._tensors import map_tensors, tensors_in
 from ._tuples import as_native
@@ -32,9 +34,10 @@ class Call:
 
     `repeatable` says that calling it again with the same inputs is the same forward.  For a batch, `probe` gives
     forwards on rows of it (see `_layouts`), and `batch_first` names places whose values have the batch in front.
+    A `fake` call computes shapes only, and nothing about the model is learnt from it.
     """
 
-    __slots__ = ("args", "batch_first", "function", "kwargs", "probe", "repeatable")
+    __slots__ = ("args", "batch_first", "fake", "function", "kwargs", "probe", "repeatable")
 
     def __init__(
         self,
@@ -45,6 +48,7 @@ class Call:
         repeatable: bool,
         probe: Probe | None = None,
         batch_first: Collection[Any] = (),
+        fake: bool = False,
     ) -> None:
         self.function = function
         self.args = args
@@ -52,6 +56,7 @@ class Call:
         self.repeatable = repeatable
         self.probe = probe
         self.batch_first = batch_first
+        self.fake = fake
 
     def __call__(self) -> Any:
         return self.function(*self.args, **self.kwargs)
@@ -76,11 +81,20 @@ class Run:
         self.overrides: dict[Any, Override] = {}
         self.edits = Edits()
         self.over = False
+        self.lone = True
         self.saved: list[Any] = []
+        self.recorders: dict[Any, list[Recorder]] = {}
+        self.layouts: Layouts | None = None
+        self._recordings: list[Recording] = []
         self._prepare: Callable[[], Call] | None = prepare
         self._stopped = False
         self._failure: BaseException | None = None
         self._replay: Replay | None = None
+
+    def add(self, worker: Worker) -> None:
+        """Let `worker` take part."""
+        self.workers.append(worker)
+        self.lone = len(self.workers) == 1
 
     # --- starting and ending -----------------------------------------------------------------------------
 
@@ -100,13 +114,15 @@ class Run:
                 self._missed,
                 self._begin,
             )
-            if self.instruments.profile is None:
-                self.main.learn()
+            if self.instruments.profile is None or call.fake:
+                self.main.learn(keep=not call.fake)
+            self.main.recorders = self.recorders
+            self._watch_recorded(self.recorders)
         return self.main
 
     def finish(self) -> None:
         """Run the model to its end, with every block that still waits for it."""
-        if self.main is None and all(worker.coroutine is None for worker in self.workers):
+        if self.main is None and not self.recorders and all(w.coroutine is None for w in self.workers):
             if not self._stopped:
                 self._make_call()()
             return
@@ -116,6 +132,8 @@ class Run:
             self._raise_failure(main)
         self._settle(main)
         self.edits.check_late_reads()
+        for recording in self._recordings:
+            recording.finish()
 
     def close(self) -> None:
         """Unwind what still stands, put the modules back, and let go of every value."""
@@ -131,6 +149,10 @@ class Run:
             self.main.close()
             self.instruments.remove()
             self.main = None
+        for recording in self._recordings:
+            recording.close()
+        self._recordings.clear()
+        self.recorders.clear()
         self.call = self._prepare = self._failure = None
         self.overrides.clear()
         self.edits.clear()
@@ -138,6 +160,7 @@ class Run:
 
     def stop(self, worker: Worker) -> None:
         """End the forward as soon as no other worker needs it."""
+        self.lone = False
         self._stopped = worker.stopped = True
         if worker.coroutine is None and self._is_stopped() and self.main is not None:
             self.main.close()
@@ -175,6 +198,16 @@ class Run:
 
     def read(self, worker: Worker, place: Any, kind: str, path: str) -> tuple[Visit, Any]:
         """The value at a place, with the visit it belongs to."""
+        if self.lone and kind == OUTPUT and not place._modules:
+            main = self.main or self.start()
+            hooked = place._forward_hooks or _global_forward_hooks
+            if not hooked and place not in main.counts and place not in self.overrides:
+                visit = self._await_leaf(worker, place, path, main)
+                value = visit.value
+                if type(value) is torch.Tensor and visit is main.here and self.edits.keeping:
+                    if not value.is_inference():
+                        visit.given = [(value, [(value, value._version)], path)]
+                        return visit, value
         visit = self.reach(worker, place, kind, path)
         value = visit.value if visit.kind == kind else visit.inputs
         if worker.rows is not None:
@@ -205,12 +238,16 @@ class Run:
 
     def skip(self, worker: Worker, place: Any, path: str, value: Any) -> None:
         """Let `value` stand for the call that is about to happen at a place."""
+        if worker.rows is not None:
+            raise RowsError(_SKIPPED_ROWS.format(path=path))
         visit = self.reach(worker, place, INPUT, path, write=True)
-        self.change(worker, visit, value, f"{path} (skipped)")
-        visit.skipped = True
+        visit.skipped = (as_native(value),)
+        visit.written = True
+        self.edits.note_write(f"{path} (skipped)", user_frame())
 
     def wait_for_step(self, worker: Worker, step: int) -> bool:
         """Let the model run until a step begins; False where the generation ends before."""
+        self.lone = False
         request = Request(STEP, OUTPUT, "tracer.iter", step, 0)
         return self._park(worker, request, self.start()) is not None
 
@@ -228,6 +265,26 @@ class Run:
         if not condition():
             raise WaitError(f"{worker.label} waits for {what()}: that cannot come any more.")
 
+    def record(self, recording: Recording) -> None:
+        """Tell recorders about every call of their places from now on."""
+        self.lone = False
+        self._recordings.append(recording)
+        for place, recorder in recording.recorders.items():
+            self.recorders.setdefault(place, []).append(recorder)
+        self._watch_recorded(recording.recorders)
+
+    def part(self, worker: Worker, place: Any, kind: str, value: Any, index: int, path: str) -> Any:
+        """The rows of `worker` in a value of the call number `index` of a place."""
+        assert self.main is not None
+        visit = Visit(place, kind, value, index, max(self.main.step, 0), self.main.call_in_step(place, index))
+        return take(value, self._layout(visit, kind, value), worker.rows, path)
+
+    def _watch_recorded(self, places: Iterable[Any]) -> None:
+        if self.main is not None:
+            for place in places:
+                if not place._modules:
+                    self.main.watch(place)
+
     def fail(self, error: BaseException) -> None:
         """Called by a deferred worker whose code raised: the run ends with this error."""
         self._failure = error
@@ -244,9 +301,28 @@ class Run:
         problem = explain_late(self, worker, request, write)
         if problem is not None:
             raise problem
+        self.lone = False
         if self._replay is None:
             self._replay = Replay(self)
         return self._replay.reach(request)
+
+    def _await_leaf(self, worker: Worker, leaf: Module, path: str, main: Pass) -> Visit:
+        """`reach` for the output of a leaf that has not run yet, where nobody else wants anything."""
+        main.watch(leaf)
+        request = worker.request_for(leaf, OUTPUT, path)
+        if leaf in main.counts or main.done:
+            return self.reach(worker, leaf, OUTPUT, path)
+        worker.request = request
+        main.awaited = leaf
+        try:
+            main.advance()
+        finally:
+            worker.request = main.awaited = None
+        here = main.here
+        if here is not None and here.place is leaf:
+            return here
+        self._raise_failure(main)
+        return self._late(request, worker, False)
 
     # --- the schedule ---------------------------------------------------------------------------------------
 
@@ -291,7 +367,7 @@ class Run:
 
     def _serve(self, visit: Visit) -> None:
         """In the model's coroutine: let everybody run who waits for this visit, in the order written."""
-        workers = self.workers
+        workers, place = self.workers, visit.place
         going = True
         while going:
             going = False
@@ -301,7 +377,7 @@ class Run:
                     if request is None:
                         if not worker.is_ready():
                             break
-                    elif visit.answers(request):
+                    elif request.place is place and visit.answers(request):
                         worker.served = visit
                     else:
                         break
@@ -332,9 +408,10 @@ class Run:
         assert call is not None
         if visit.place in call.batch_first or call.probe is None:
             return [0] * len(tensors_in(value))
-        if self.instruments.layouts is None:
-            self.instruments.layouts = Layouts(self.instruments, self.stepper)
-        return self.instruments.layouts.find(visit, kind, value, call.probe, self.overrides)
+        owner = self if call.fake else self.instruments
+        if owner.layouts is None:
+            owner.layouts = Layouts(self.instruments, self.stepper)
+        return owner.layouts.find(visit, kind, value, call.probe, self.overrides)
 
     def _leave_scoped(self, visit: Visit) -> None:
         scoped = (visit.scoped or {}).get(visit.kind)
@@ -363,3 +440,8 @@ class Run:
         worker.resume()
         if self._failure is not None or self._is_stopped():
             self.main.pause()  # type: ignore[union-attr]
+
+
+_SKIPPED_ROWS = """\
+{path} cannot be skipped for the rows of one invoke alone: the others need its call. Skip it in tracer.invoke() without \
+input, for the whole batch, assign to its .output here, or trace this input alone."""

@@ -53,7 +53,10 @@ class AssignableTuple(tuple):
 
 def rebuild(kind: type, items: list[Any]) -> Any:
     """A tuple of class `kind` (a named tuple keeps its class)."""
-    return tuple.__new__(cast("type[tuple[Any, ...]]", kind), items)
+    try:
+        return tuple.__new__(cast("type[tuple[Any, ...]]", kind), items)
+    except TypeError:  # a class made in C: torch.Size
+        return kind(items)
 
 
 def as_assignable(value: tuple[Any, ...], write: Write) -> AssignableTuple:

@@ -32,6 +32,20 @@ class Place:
         return self.name
 
 
+class OperationPlace(Place):
+    """An operation inside a forward.
+
+    `owner` is what calls it, the module or an operation of it; `module` the module around both.
+    """
+
+    __slots__ = ("module", "owner")
+
+    def __init__(self, name: str, owner: Any, module: Any) -> None:
+        super().__init__(name)
+        self.owner = owner
+        self.module = module
+
+
 RESULT = Place("tracer.result", final=True)
 STEP = Place("the start of a step")
 
@@ -53,7 +67,8 @@ class Visit:
     """One occurrence of a place.
 
     `index` counts the place's calls in the run, `call` those within `step`.  `inputs` is `(args, kwargs)`
-    at an output, `given` what blocks were handed, `scoped` what workers with rows of their own see.
+    at an output, `given` what blocks were handed, `scoped` what workers with rows of their own see, `skipped` holds at
+    an input the value that stands for the call.
     """
 
     __slots__ = (
@@ -83,7 +98,7 @@ class Visit:
         self.given: list[tuple[Any, Snapshot, str]] | None = None
         self.scoped: dict[str, Scoped] | None = None
         self.written = False
-        self.skipped = False
+        self.skipped: tuple[Any] | None = None
 
     def answers(self, request: Request) -> bool:
         """Whether this is what `request` waits for."""

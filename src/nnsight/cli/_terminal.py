@@ -75,7 +75,8 @@ class Terminal:
             if start:
                 yield ""
             for line in column_labels:
-                yield (" " * margin + "".join(centre(label, size) for label in line[part])).rstrip()
+                if any(line[part]):
+                    yield (" " * margin + "".join(centre(label, size) for label in line[part])).rstrip()
             for name, values in zip(row_labels, rows, strict=True):
                 cells = (
                     self.paint(centre(f"{100 * value:.{digits}f}", size), value / scale)

@@ -4,19 +4,20 @@ from __future__ import annotations
 
 import functools
 import inspect
-import sys
 from collections.abc import Iterator
 from typing import Any, overload
 
 import torch
 from torch.nn import Module
 
-from .._core import INPUT, OUTPUT, active, as_native
+from .._core import as_native
 from ..errors import UnknownPathError
-from ._tree import Tree, first_input, unknown, with_first_input
+from ._source import Source, source_of
+from ._tree import Tree, unknown
+from ._values import Values
 
 
-class Envoy:
+class Envoy(Values):
     """Stands for one module of a model, and reads and changes its values while the model runs.
 
     Submodules are attributes and items, as on the module itself: `model.transformer.h[3].attn`.  Any other
@@ -30,73 +31,13 @@ class Envoy:
     """
 
     def __init__(self, module: Module, path: str, tree: Tree) -> None:
-        self._module = module
+        self._module = self._place = module
         self._path = path
         self._tree = tree
         self._children: dict[str, Envoy] = {}
         self._indexed: dict[int, tuple[str, Envoy]] = {}
 
-    # --- values ----------------------------------------------------------------------------------------------
-
-    @property
-    def output(self) -> Any:
-        """What the module returns; waits until it has run.
-
-        Example:
-            >>> with model.trace(x):                      # doctest: +SKIP
-            ...     hidden = model.layer.output.save()
-
-        Raises:
-            NotTracingError: Outside a trace.
-            OutOfOrderError: The module has already run, and a second pass cannot serve the read.
-            NeverRanError: The module does not run in this forward.
-        """
-        tree, module = self._tree, self._module
-        worker = active.get()
-        if worker is None or worker.instruments is not tree.instruments:
-            worker = tree.worker(self._path, OUTPUT)
-        if tree.before_request is not None:
-            tree.before_request(worker, module, self._path)
-        visit, value = worker.run.read(worker, module, OUTPUT, self._path)
-        if type(value) is torch.Tensor and tree.plain_tensors:
-            return value
-        return tree.show(worker, visit, module, self._path, value)
-
-    @output.setter
-    def output(self, value: Any) -> None:
-        self._tree.write(self._module, self._path, OUTPUT, value, sys._getframe(1))
-
-    @property
-    def inputs(self) -> tuple[tuple[Any, ...], dict[str, Any]]:
-        """What the module is called with: `(args, kwargs)`; waits until it is called."""
-        tree, module = self._tree, self._module
-        worker = tree.worker(self._path, INPUT)
-        if tree.before_request is not None:
-            tree.before_request(worker, module, self._path)
-        return worker.run.read(worker, module, INPUT, self._path)[1]
-
-    @inputs.setter
-    def inputs(self, value: tuple[tuple[Any, ...], dict[str, Any]]) -> None:
-        args, kwargs = value
-        self._tree.write(self._module, self._path, INPUT, (tuple(args), dict(kwargs)), sys._getframe(1))
-
-    @property
-    def input(self) -> Any:
-        """The first argument the module is called with; waits until it is called."""
-        return first_input(self.inputs, self._path)
-
-    @input.setter
-    def input(self, value: Any) -> None:
-        worker = self._tree.worker(self._path, INPUT)
-        visit = worker.run.reach(worker, self._module, INPUT, self._path, write=True)
-        worker.run.change(worker, visit, with_first_input(visit, value), f"{self._path}.input")
-
     # --- the tree --------------------------------------------------------------------------------------------
-
-    @property
-    def path(self) -> str:
-        """Where the module is in the model: `model.transformer.h.3`."""
-        return self._path
 
     @property
     def device(self) -> torch.device | None:
@@ -148,19 +89,28 @@ class Envoy:
             return None
         known = self._children.get(name)
         if known is None or known._module is not module:
-            known = self._children[name] = Envoy(module, f"{self._path}.{name}", self._tree)
+            path = f"{self._path}.{name}"
+            known = self._children[name] = self._tree.envoy_class(module, path, Envoy)(module, path, self._tree)
         return known
+
+    def _renamed(self, name: str) -> Envoy | None:
+        aliases = self._tree.aliases
+        path = aliases and aliases.find(self._module, name, self._module is self._tree.root)
+        return self._walk(path) if path else None
 
     def __getattr__(self, name: str) -> Any:
         if name.startswith("__") or "_module" not in self.__dict__:
             raise AttributeError(name)
-        child = self._child(name)
+        child = self._child(name) or self._renamed(name)
         if child is not None:
             return child
+        own = next((vars(cls)[name] for cls in type(self).__mro__ if name in vars(cls)), None)
+        if hasattr(own, "__get__"):
+            return own.__get__(self, type(self))  # it raised an AttributeError, and does so again
         try:
             value = getattr(self._module, name)
         except AttributeError:
-            raise unknown(self, name, (*self._module._modules, *_public_names(type(self)))) from None
+            raise unknown(self, name, (*self._module._modules, *self._aliases(), *_public_names(type(self)))) from None
         return self._bind(value) if inspect.ismethod(value) and value.__self__ is self._module else value
 
     def _bind(self, method: Any) -> Any:
@@ -192,9 +142,9 @@ class Envoy:
             if index >= 0:
                 self._indexed[index] = (child._path.rpartition(".")[2], child)
             return child
-        child = self._child(index)
+        child = self._child(index) or self._renamed(index)
         if child is None:
-            raise unknown(self, index, names)
+            raise unknown(self, index, (*names, *self._aliases()))
         return child
 
     def __len__(self) -> int:
@@ -207,22 +157,52 @@ class Envoy:
         return self.children()
 
     def __contains__(self, name: object) -> bool:
-        return name in self._module._modules
+        return name in self._module._modules or name in self._aliases()
 
     def __dir__(self) -> list[str]:
-        return sorted({*super().__dir__(), *self._module._modules, *dir(self._module)})
+        return sorted({*super().__dir__(), *self._module._modules, *self._aliases(), *dir(self._module)})
+
+    def _aliases(self) -> list[str]:
+        aliases = self._tree.aliases
+        return aliases.names_in(self._module, self._module is self._tree.root) if aliases else []
 
     def __repr__(self) -> str:
+        aliases = self._tree.aliases
+        if aliases and self._module is self._tree.root:
+            return f"{self._module!r}\nRenamed: {aliases.describe()}"
         return repr(self._module)
 
     def _rebind(self, module: Module) -> None:
         """Stand for `module` from now on, and let the envoys below follow."""
-        self._module = module
+        self._module = self._place = module
         self._indexed.clear()
         for name, child in self._children.items():
             below = module._modules.get(name)
             if below is not None:
                 child._rebind(below)
+
+    @property
+    def source(self) -> Source:
+        """The operations inside the module's forward; printing it shows the code with their names.
+
+        Asking for it costs nothing; asking for a value of an operation makes this module's operations visible from its
+        next call on, in this trace only.  The module itself is not changed.
+
+        Example:
+            >>> import torch
+            >>> from nnsight import NNsight
+            >>> model = NNsight(torch.nn.Sequential(torch.nn.Linear(3, 2)))
+            >>> "F_linear_0" in model[0].source
+            True
+            >>> with model.trace(torch.ones(1, 3)):
+            ...     weight = model[0].source.F_linear_0.inputs[0][1].save()
+            >>> weight.shape
+            torch.Size([2, 3])
+
+        Raises:
+            SourceError: The forward has no Python source.
+        """
+        return source_of(self)
 
     # --- calls -----------------------------------------------------------------------------------------------
 

@@ -11,6 +11,8 @@ from torch.nn import Module
 
 from .._core import OUTPUT, Instruments, Visit, Worker, active, as_assignable
 from ..errors import EditError, NotTracingError, UnknownPathError
+from ._classes import Classes
+from ._rename import Aliases
 
 if TYPE_CHECKING:
     from ._envoy import Envoy
@@ -31,12 +33,26 @@ class Tree:
         self.present: Present = present_plainly
         self.plain_tensors = True
         self.accept: Callable[[Module, Any, Any], Any] | None = None
+        self.stand_in: Callable[[Module, Any], Any] | None = None
         self.before_request: Callable[[Worker, Module, str], None] | None = None
+        self.aliases: Aliases | None = None
+        self.classes: Classes | None = None
+        self.operations: Tree | None = None
 
     def rebind(self, root: Module) -> None:
         """Use another module from now on (the loaded one in place of its empty shape)."""
         self.root = root
         self.instruments = Instruments.of(root)
+        self.operations = None
+
+    def envoy_class(self, module: Module, path: str, default: type[Envoy]) -> type[Envoy]:
+        """The class of the envoy for the module at `path`."""
+        found = self.classes.find(module, path.removeprefix("model.")) if self.classes else None
+        return found or default
+
+    def resolve(self, path: str) -> str:
+        """`path`, from the root, in the model's own names where it is spelled with new ones."""
+        return self.aliases.resolve(self.root, path) if self.aliases else path
 
     def find_worker(self) -> Worker | None:
         """The block of a trace of this model that the current code belongs to."""

@@ -3,16 +3,16 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any, Literal, overload
 
 from torch.nn import Module
 
 from .. import _patches
-from .._core import Call, Probe
-from ..envoy import Envoy, Tree
+from .._core import Call, Override, Probe
+from ..envoy import Aliases, Classes, Envoy, Tree
 from ..errors import InputError, NoInputError
-from ..trace import Edit, Editing, Given, Prepared, Tracer, save
+from ..trace import Edit, Editing, Given, Prepared, ScanTracer, Session, Tracer, save
 from ._batch import join_inputs, select_rows
 
 
@@ -32,16 +32,35 @@ class NNsight(Envoy):
 
     Args:
         module: Any `torch.nn.Module`.
+        rename: Other names for modules, beside their own. A dotted key is a path from the root, and its new name is
+            found at the root: with `{"transformer.h": "layers", "attn": "attention"}`, `model.layers[3].attention` is
+            `model.transformer.h[3].attn`.
+        envoys: Classes of your own to stand for modules, subclasses of `Envoy`, by class of module, name or path:
+            `{torch.nn.Linear: MyEnvoy, "attn": MyAttention, "transformer.h.0": MyBlock}`. A path goes before a name, a
+            name before a class. See `View` for values of your own.
 
     Raises:
-        InputError: `module` is something else.
+        InputError: `module` is something else, or a new name or a class cannot be used.
+        UnknownPathError: `rename` or `envoys` names no module of this model.
     """
 
-    def __init__(self, module: Module) -> None:
+    def __init__(
+        self,
+        module: Module,
+        *,
+        rename: Mapping[str, str] | None = None,
+        envoys: Mapping[type[Module] | str, type[Envoy]] | None = None,
+    ) -> None:
         if not isinstance(module, Module):
             raise InputError(f"NNsight wraps a torch.nn.Module, not a {type(module).__name__}.")
         _patches.mount(save)
-        super().__init__(module, "model", Tree(module))
+        tree = Tree(module)
+        super().__init__(module, "model", tree)
+        if envoys:
+            tree.classes = Classes(module, envoys, Envoy)
+        if rename:
+            kinds = {type(self), Envoy, *(envoys or {}).values()}
+            tree.aliases = Aliases(module, rename, {name for kind in kinds for name in dir(kind)})
         self._edits: list[Edit] = []
 
     @property
@@ -82,6 +101,60 @@ class NNsight(Envoy):
             edits=self._edits,
             strict_order=strict_order,
         )
+
+    def scan(self, *inputs: Any, strict_order: bool = False, **kwargs: Any) -> ScanTracer:
+        """Trace shapes and dtypes only: nothing is computed, and weights need not be there.
+
+        Values inside the block are fake tensors, which know their shape, strides, dtype and device; edits of a wrong
+        shape fail as they would in `trace`.  What the block makes itself (`torch.ones(3)`) is real until it meets
+        one.  The model is left as it was, and not loaded.
+
+        Example:
+            >>> import torch
+            >>> from nnsight import NNsight
+            >>> model = NNsight(torch.nn.Sequential(torch.nn.Linear(5, 10), torch.nn.Linear(10, 2)))
+            >>> with model.scan(torch.rand(1, 5)):
+            ...     width = model[0].output.shape[-1]
+            >>> width
+            10
+
+        Args:
+            *inputs: As for `trace`.
+            strict_order: As for `trace`.
+            **kwargs: As for `trace`.
+
+        Returns:
+            A `Tracer` to use in a `with` statement.
+
+        Raises:
+            NoInputError: The model was given no input.
+            ScanError: A shape depends on values; the message names the module.
+        """
+        given = Given(inputs, {}) if inputs or self._gives_input(kwargs) else None
+        tracer = ScanTracer(
+            self._tree,
+            lambda givens: self._prepare(givens, kwargs),
+            given,
+            edits=self._edits,
+            strict_order=strict_order,
+        )
+        return tracer.with_overrides(self._scan_overrides())
+
+    def _scan_overrides(self) -> dict[Module, Override]:
+        """Forwards to use in a scan in place of those whose shapes depend on values."""
+        return {}
+
+    def session(self) -> Session:
+        """Group traces that belong together; values of one are ordinary variables in the next.
+
+        Example:
+            >>> with model.session() as session:                            # doctest: +SKIP
+            ...     with model.trace("Hello"):
+            ...         hidden = model.transformer.h[0].output[0].save()
+            ...     with model.trace("World"):
+            ...         model.transformer.h[0].output[0][:] = hidden
+        """
+        return Session(self._tree)
 
     def _gives_input(self, kwargs: dict[str, Any]) -> bool:
         """Whether the keyword arguments of a trace are themselves an input."""

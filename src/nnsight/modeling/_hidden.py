@@ -6,10 +6,18 @@ either runs: `.output[0]` and `.output` are both the hidden states `[batch, seq,
 
 from __future__ import annotations
 
+import ast
+import functools
+import textwrap
 from collections.abc import Callable, Iterator
 from typing import Any, SupportsIndex, cast
 
 import torch
+from torch._subclasses.fake_tensor import FakeTensor
+from torch.nn import Module
+
+from ..errors import SourceError
+from ..source import analyse
 
 _tensor = torch.Tensor
 
@@ -96,13 +104,21 @@ class BlockOutput(torch.Tensor):
         return self._held.__deepcopy__(memo)
 
 
+class FakeBlockOutput(BlockOutput, FakeTensor):
+    """The same in a scan."""
+
+
 def show_block_output(value: Any, write: Callable[[Any], None]) -> Any:
     """What `.output` of a block gives for the `value` the block returned."""
     native = isinstance(value, tuple)
     held = value[0] if native and value else value
     if not isinstance(held, torch.Tensor) or isinstance(held, BlockOutput):
         return value
-    shown = cast(BlockOutput, held.as_subclass(BlockOutput))
+    if isinstance(held, FakeTensor):
+        shown = cast(FakeBlockOutput, torch.ops.aten.alias(held))
+        shown.__class__ = FakeBlockOutput  # a tensor made by a mode cannot be made again as another class
+    else:
+        shown = cast(BlockOutput, held.as_subclass(BlockOutput))
     shown._held = held
     shown._rest = tuple(value[1:]) if native else None
     shown._write = write
@@ -123,6 +139,35 @@ def take_block_output(current: Any, assigned: Any) -> Any:
         first = assigned[0]
         return first._held if isinstance(first, BlockOutput) else first
     return assigned
+
+
+@functools.cache
+def returns_tuple(kind: type[Module]) -> bool | None:
+    """Whether blocks of class `kind` return a tuple, as their source says; None where it does not."""
+    try:
+        lines = analyse(kind.forward).lines
+    except SourceError:
+        return None
+    tree = ast.parse(textwrap.dedent("\n".join(lines)))
+    assigned: dict[str, list[ast.expr]] = {}
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Assign) and isinstance(node.targets[0], ast.Name):
+            assigned.setdefault(node.targets[0].id, []).append(node.value)
+    returned = [node.value for node in ast.walk(tree) if isinstance(node, ast.Return) and node.value is not None]
+    answers = {_is_tuple(value, assigned) for value in returned}
+    return answers.pop() if len(answers) == 1 else None
+
+
+def _is_tuple(value: ast.expr, assigned: dict[str, list[ast.expr]]) -> bool | None:
+    match value:
+        case ast.Tuple():
+            return True
+        case ast.BinOp():
+            return any(isinstance(side, ast.Tuple) for side in (value.left, value.right)) or None
+        case ast.Name():
+            return any(_is_tuple(v, {}) for v in assigned.get(value.id, ()) if not isinstance(v, ast.Name))
+        case _:
+            return None
 
 
 _ROWS = """\

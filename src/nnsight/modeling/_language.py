@@ -3,19 +3,20 @@
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
 from torch.nn import Module
 
-from .._core import RESULT, Call, Probe
-from ..envoy import present_plainly
+from .._core import RESULT, Call, Override, Probe
+from ..envoy import Envoy, present_plainly
 from ..errors import NoInputError
 from ..trace import Given, Prepared, Tracer
 from ._base import NO_INPUT, NNsight
 from ._generation import GENERATED, TOKEN, Generator, generate
-from ._hidden import show_block_output, take_block_output
+from ._experts import gathered_experts
+from ._hidden import returns_tuple, show_block_output, take_block_output
 from ._loading import Source
 from ._outputs import show_causal_output
 from ._pattern import PatternOnDemand
@@ -41,6 +42,8 @@ class LanguageModel(NNsight):
         model: A name on the hub, a local folder, `"nnsight/landmarks"` (bundled), or a module of your own.
         tokenizer: A tokenizer of your own; by default the model's.
         dispatch: Load the weights now.
+        rename: Other names for modules, as for `NNsight`.
+        envoys: Classes of your own to stand for modules, as for `NNsight`.
         **options: Passed to `from_pretrained`: `device_map`, `dtype`, `attn_implementation`, `revision`, ….
 
     Raises:
@@ -50,20 +53,28 @@ class LanguageModel(NNsight):
     _auto_class = "AutoModelForCausalLM"
 
     def __init__(
-        self, model: str | Module, *, tokenizer: Any = None, dispatch: bool = False, **options: Any
+        self,
+        model: str | Module,
+        *,
+        tokenizer: Any = None,
+        dispatch: bool = False,
+        rename: Mapping[str, str] | None = None,
+        envoys: Mapping[type[Module] | str, type[Envoy]] | None = None,
+        **options: Any,
     ) -> None:
         self._source: Source | None = None
         self._tokenizer = tokenizer
         self._pads: set[str] | None = None
         if isinstance(model, Module):
-            super().__init__(model)
+            super().__init__(model, rename=rename, envoys=envoys)
         else:
             self._source = Source(str(model), self._auto_class, options)
-            super().__init__(self._source.build_empty())
+            super().__init__(self._source.build_empty(), rename=rename, envoys=envoys)
         tree = self._tree
         tree.present = _Presenter(self._module)
         tree.plain_tensors = False
         tree.accept = _accept
+        tree.stand_in = _stand_in
         tree.before_request = PatternOnDemand()
         self.dispatched = self._source is None
         if dispatch:
@@ -165,6 +176,9 @@ class LanguageModel(NNsight):
         """The generation as a whole: `generator.output`, and `generator.streamer.output` token by token."""
         return Generator(self._tree)
 
+    def _scan_overrides(self) -> dict[Module, Override]:
+        return gathered_experts(self._module)
+
     # --- inputs ----------------------------------------------------------------------------------------------
 
     def _gives_input(self, kwargs: dict[str, Any]) -> bool:
@@ -207,11 +221,11 @@ class LanguageModel(NNsight):
         sizes = [sum(len(e.rows) for e in group) for group in encoded]
         flat = [e for group in encoded for e in group]
         if len(flat) == 1 and flat[0].given is not None:
-            return {name: self._place(value) for name, value in flat[0].given.items()}, sizes
+            return {name: self._to_device(value) for name, value in flat[0].given.items()}, sizes
         batch = make_batch(flat, self._pad_id(), pad_left=self._pads_left())
         if self._pads_left() and not batch["attention_mask"].all() and self._takes("position_ids"):
             batch["position_ids"] = positions(batch["attention_mask"])
-        return {name: self._place(value) for name, value in batch.items()}, sizes
+        return {name: self._to_device(value) for name, value in batch.items()}, sizes
 
     def _probe_batch(self, batch: dict[str, Any], sizes: list[int]) -> Probe | None:
         if len(sizes) < 2:
@@ -241,7 +255,7 @@ class LanguageModel(NNsight):
     def _tokenizer_or_none(self) -> Any:
         return self._tokenizer if self._source is None else self.tokenizer
 
-    def _place(self, value: Any) -> Any:
+    def _to_device(self, value: Any) -> Any:
         return value.to(self.device) if hasattr(value, "to") else value
 
     def _pad_id(self) -> int:
@@ -282,3 +296,11 @@ def is_block(module: Module) -> bool:
 
 def _accept(module: Module, current: Any, assigned: Any) -> Any:
     return take_block_output(current, assigned) if is_block(module) else assigned
+
+
+def _stand_in(module: Module, value: Any) -> Any:
+    native = returns_tuple(type(module)) if is_block(module) else None
+    return value if native is None else take_block_output((None,) if native else _NO_TENSOR, value)
+
+
+_NO_TENSOR = torch.empty(0)

@@ -12,6 +12,7 @@ from ..errors import LoadError
 
 _BUNDLED = Path(__file__).parent.parent / "_bundled"
 _CONFIG_OPTIONS = ("revision", "trust_remote_code", "token", "cache_dir", "local_files_only", "subfolder")
+_SHAPE_OPTIONS = ("trust_remote_code", "attn_implementation", "dtype", "torch_dtype")
 
 
 def resolve(name: str) -> str:
@@ -64,7 +65,7 @@ class Source:
         import transformers
 
         auto = getattr(transformers, self._auto_class)
-        allowed = {k: self._options[k] for k in ("trust_remote_code", "attn_implementation") if k in self._options}
+        allowed = {name: self._options[name] for name in _SHAPE_OPTIONS if self._options.get(name, "auto") != "auto"}
         with torch.device("meta"):
             return auto.from_config(self.config, **allowed).eval()
 

@@ -9,13 +9,14 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import torch
 from torch.nn import Dropout, Module
 
 from .._core import Worker, current_pass
-from ..source import instrument
+from ..source import intercept
 
 _INTERFACE = "attention_interface_0"
 _DROPOUT = "nn_functional_dropout_0"
@@ -30,26 +31,23 @@ class PatternOnDemand:
             return
         run = worker.run
         attention = run.instruments.parent(module)
-        if attention is None or attention in run.overrides:
+        if attention is None:
             return
+        interception = intercept(run.overrides, attention)
         eager = getattr(sys.modules[type(attention).__module__], "eager_attention_forward", None)
-        if eager is not None:
-            run.overrides[attention] = lambda plain: _with_visible_pattern(plain, eager, module)
+        if eager is None or _INTERFACE in interception.redirects:
+            return
+        interception.redirects[_INTERFACE] = lambda _, args, kwargs: (eager, _with_mask(args), kwargs)
+        interception.inside(_INTERFACE).redirects[_DROPOUT] = lambda function, args, kwargs: (
+            partial(_call_as, module, function),
+            args,
+            kwargs,
+        )
 
 
-def _with_visible_pattern(plain: Callable[..., Any], eager: Callable[..., Any], dropout: Module) -> Callable[..., Any]:
-    def dispatch(name: str, function: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-        if name != _INTERFACE:
-            return function(*args, **kwargs)
-        return instrument(eager, inside)(*_with_mask(args), **kwargs)
-
-    def inside(name: str, function: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-        if name != _DROPOUT:
-            return function(*args, **kwargs)
-        current = current_pass()
-        return function(*args, **kwargs) if current is None else current.call(dropout, function, args, kwargs)
-
-    return instrument(plain, dispatch)
+def _call_as(place: Module, function: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+    current = current_pass()
+    return function(*args, **kwargs) if current is None else current.call(place, function, args, kwargs)
 
 
 def _with_mask(args: tuple[Any, ...]) -> tuple[Any, ...]:

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import math
 import os
+import textwrap
 from collections.abc import Sequence
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 
@@ -17,6 +18,7 @@ if TYPE_CHECKING:
 # In inches.
 _CELL = (0.55, 0.34)  # of a small table; larger ones get narrower cells
 _LARGEST = (14.0, 10.0)  # the cells of a table together
+_LEAST = (2.5, 1.2)
 _LETTER = (0.075, 0.13)  # of tick labels and annotations, as drawn at _FONT points
 _FONT = 9
 
@@ -61,29 +63,50 @@ def heatmap(
             f"A heat map of {len(rows)} rows and {len(columns)} columns needs values of shape "
             f"[{len(rows)}, {len(columns)}], at least one; these are {list(table.shape)}."
         )
-    figure_class = _import_figure()
-    width, height = (
-        min(n * cell, most) for n, cell, most in zip(table.T.shape, _CELL, _LARGEST, strict=True)
-    )
-    figure = figure_class(figsize=(max(width, 2.5) + 2.2, max(height, 1.2) + 1.8), layout="constrained")
+    layout = _plan(rows, columns, title)
+    figure = _import_figure()(figsize=layout.size, layout="constrained")
     axes = figure.subplots()
     image = _draw_cells(axes, table)
-    figure.colorbar(image, ax=axes, label=value_label, pad=0.02)
-    cell = (width / len(columns), height / len(rows))
-    _label_ticks(axes, rows, columns, cell)
-    _annotate(axes, image, table, cell)
-    axes.set_title(title, fontsize=_FONT + 2, loc="left")
+    figure.colorbar(image, ax=axes, label=_literal(value_label), pad=0.02)
+    _label_ticks(axes, rows, columns, layout)
+    _annotate(axes, image, table, layout.cell)
+    axes.set_title(_literal(layout.title), fontsize=_FONT + 2, loc="left")
     if path is not None:
         figure.savefig(path, dpi=150, bbox_inches="tight")
     return figure
 
 
+class _Layout(NamedTuple):
+    """Sizes in inches: of the figure and of a cell, each across and down."""
+
+    size: tuple[float, float]
+    cell: tuple[float, float]
+    title: str
+    upright: bool  # the columns' labels
+
+
+def _plan(rows: Sequence[str], columns: Sequence[str], title: str) -> _Layout:
+    """Room for the cells and for all that is written around them."""
+    letter, line = _LETTER
+    counts = (len(columns), len(rows))
+    width, height = (
+        max(min(n * cell, most), least)
+        for n, cell, most, least in zip(counts, _CELL, _LARGEST, _LEAST, strict=True)
+    )
+    upright = _longest(columns) * letter > width / len(columns)
+    below = letter * _longest(columns) if upright else line * _lines(columns)
+    beside = letter * _longest(rows) + 1.3  # the colour bar
+    title = _wrap(title, round((width + beside) / letter * 0.7))
+    size = (width + beside, height + below + 1.4 * line * _lines([title]) + 0.4)
+    return _Layout(size, (width / len(columns), height / len(rows)), title, upright)
+
+
 def _import_figure() -> type[Figure]:
     try:
-        from matplotlib.figure import Figure
+        from ._figure import ShownFigure
     except ImportError as error:
         raise ImportError('Figures need matplotlib: pip install "nnsight[plots]"') from error
-    return Figure
+    return ShownFigure
 
 
 def _draw_cells(axes: Axes, table: torch.Tensor) -> AxesImage:
@@ -103,19 +126,16 @@ def _draw_cells(axes: Axes, table: torch.Tensor) -> AxesImage:
     )
 
 
-def _label_ticks(axes: Axes, rows: Sequence[str], columns: Sequence[str], cell: tuple[float, float]) -> None:
+def _label_ticks(axes: Axes, rows: Sequence[str], columns: Sequence[str], layout: _Layout) -> None:
     """Name every row and column, or every few where the names would overlap."""
-    letter, line = _LETTER
-    longest = max(len(part) for name in columns for part in name.split("\n"))
-    upright = longest * letter > cell[0]
-    lines = max(name.count("\n") + 1 for name in columns)
-    needed = (lines * line if upright else 0.0, line)
-    for axis, names, size, room in zip((axes.xaxis, axes.yaxis), (columns, rows), cell, needed, strict=True):
+    line = _LETTER[1]
+    needed = (line * _lines(columns) if layout.upright else 0.0, line * _lines(rows))
+    sides = zip((axes.xaxis, axes.yaxis), (columns, rows), layout.cell, needed, strict=True)
+    for axis, names, size, room in sides:
         step = max(math.ceil(room / size), 1)
         axis.set_ticks(range(0, len(names), step), [_literal(name) for name in names[::step]], fontsize=_FONT)
     axes.tick_params(length=0)
-    if upright:
-        axes.tick_params(axis="x", rotation=90)
+    axes.tick_params(axis="x", rotation=90 if layout.upright else 0)
 
 
 def _annotate(axes: Axes, image: AxesImage, table: torch.Tensor, cell: tuple[float, float]) -> None:
@@ -138,6 +158,18 @@ def _digits(table: torch.Tensor) -> int:
     """Decimals that show two digits of the largest number."""
     largest = table[table.isfinite()].abs().max().item() if table.isfinite().any() else 0.0
     return 2 if largest == 0 else min(max(2 - math.ceil(math.log10(largest)), 0), 9)
+
+
+def _longest(names: Sequence[str]) -> int:
+    return max(len(part) for name in names for part in name.split("\n"))
+
+
+def _lines(names: Sequence[str]) -> int:
+    return max(name.count("\n") + 1 for name in names)
+
+
+def _wrap(text: str, width: int) -> str:
+    return "\n".join(textwrap.fill(line, width) for line in text.split("\n"))
 
 
 def _literal(text: str) -> str:

@@ -1,9 +1,12 @@
 """Traces: the `with` blocks in which values are read and changed."""
 
 from ._barrier import Barrier as Barrier
+from ._cache import Cache as Cache
 from ._edit import Edit as Edit
 from ._edit import Editing as Editing
 from ._given import Given as Given
 from ._given import Prepared as Prepared
 from ._save import save as save
+from ._scan import ScanTracer as ScanTracer
+from ._session import Session as Session
 from ._tracer import Tracer as Tracer

@@ -31,7 +31,7 @@ class Names:
         self._first: dict[str, str] = {}
         self.children: dict[str, tuple[str, ...]] = {}
         known: dict[Module, str] = {}
-        for name, module in root.named_modules(_ROOT, remove_duplicate=False):
+        for name, module in root.named_modules(prefix=_ROOT, remove_duplicate=False):
             self._first[name] = known.setdefault(module, name)
             self.children[name] = tuple(module._modules)
 

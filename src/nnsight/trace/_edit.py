@@ -30,7 +30,7 @@ class Edit:
         worker = Worker(run, f"the edit at {where}")
         body = bind(self._block, self._scope.fork(self._block))
         worker.start(lambda: _run_each_step(run, worker, body))
-        run.workers.append(worker)
+        run.add(worker)
 
 
 def _run_each_step(run: Run, worker: Worker, body: Callable[..., None]) -> None:

@@ -159,6 +159,8 @@ class CacheRecording:
 
     def finish(self) -> None:
         """Say which values the model, or an edit, changed in place after they were cached."""
+        if self._run is not None and self._run.call is not None and self._run.call.fake:
+            return
         changed = list(dict.fromkeys(path for tensor, version, path in self._live if tensor._version != version))
         if changed:
             more = f" and {len(changed) - 5} more" if len(changed) > 5 else ""

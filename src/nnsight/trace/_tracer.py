@@ -8,13 +8,18 @@ from types import TracebackType
 from typing import TYPE_CHECKING, Any
 from weakref import WeakKeyDictionary
 
+import torch
+
 from .._capture import Block, Scope
 from .._core import OUTPUT, RESULT, Call, Rows, Run, Worker, trim
 from ..errors import InputError, NotTracingError
 from ._barrier import Barrier
+from ._cache import Cache, Modules, record_cache
 from ._dataflow import Dataflow, Deferred
 from ._given import Given, Prepare
+from ._gradient import unwatch_backward, watch_backward
 from ._invoke import Invoke
+from ._recording import Keep
 from ._save import warn_about_changes
 from ._steps import Steps, StepSelector
 
@@ -59,10 +64,11 @@ class Tracer:
         for edit in self._edits:
             edit.add_to(run)
         worker = self._worker = Worker(run, "the body of the trace")
-        run.workers.append(worker)
+        run.add(worker)
         if self._given:
             self._owners.append(worker)
         worker.enter()
+        watch_backward()
         _open[worker] = self
         return self
 
@@ -84,6 +90,7 @@ class Tracer:
             raise
         finally:
             worker.leave()
+            unwatch_backward()
             run.close()
             self._close()
         return False
@@ -146,6 +153,51 @@ class Tracer:
         run, worker = self._active("stop()")
         run.stop(worker)
 
+    def cache(
+        self,
+        modules: Modules | None = None,
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
+        detach: bool = True,
+        *,
+        include_output: bool = True,
+        include_inputs: bool = False,
+        copy: bool = False,
+    ) -> Cache:
+        """Keep the values of many modules, from here to the end of the trace.
+
+        A value goes into the cache when its module is done, after all edits; in an invoke, with its rows only.  Modules that
+        the model has passed before this line are missing.  Tensors are the model's own unless `device`, `dtype` or
+        `copy` make copies: if one is changed in place afterwards, a `SavedValueChangedWarning` says so at the end.
+
+        Example:
+            >>> from nnsight import LanguageModel
+            >>> model = LanguageModel("nnsight/landmarks")
+            >>> with model.trace("The Eiffel Tower is in the city of") as tracer:
+            ...     cache = tracer.cache(modules=[model.transformer.h[0], "lm_head"])
+            >>> cache["model.transformer.h.0"].output[0].shape == cache.model.transformer.h[0].output.shape
+            True
+
+        Args:
+            modules: Envoys, paths or modules to cache, by default all; only these cost anything.
+            device: Move the tensors there.
+            dtype: Cast floating-point tensors to this.
+            detach: Keep no autograd graph.
+            include_output: Keep what the modules return.
+            include_inputs: Keep what they are called with.
+            copy: Keep copies, which nothing can change later.
+
+        Returns:
+            The cache, by path of the module; of a module called several times (each step of a generation) it holds every
+            call.
+
+        Raises:
+            UnknownPathError: One of `modules` is not in the model; the message names the nearest.
+        """
+        run, worker = self._active("cache()")
+        keep = Keep(include_output, include_inputs, device, dtype, detach, copy)
+        return record_cache(run, worker, self._tree, modules, keep)
+
     # --- several blocks --------------------------------------------------------------------------------------
 
     def invoke(self, *inputs: Any, **kwargs: Any) -> Invoke:
@@ -188,7 +240,7 @@ class Tracer:
             self._flow = Dataflow()
         deferred = self._flow.add(block, scope, worker)
         worker.start(lambda: deferred.bind(block, deferred.scope)())
-        run.workers.append(worker)
+        run.add(worker)
         if given is not None:
             self._given.append(given)
             self._owners.append(worker)
@@ -232,7 +284,8 @@ class Tracer:
             ...     tracer.next()
             ...     second = model.lm_head.output.save()
         """
-        _, worker = self._active("next()")
+        run, worker = self._active("next()")
+        run.lone = False
         worker.step = (worker.step or 0) + count
         worker.calls = None
         return self

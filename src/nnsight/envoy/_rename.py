@@ -1,0 +1,102 @@
+"""Aliases: other names for modules, beside their own."""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Collection, Iterable, Mapping
+
+from torch.nn import Module
+
+from ..errors import InputError, UnknownPathError
+
+
+class Aliases:
+    """`rename={"transformer.h": "layers", "attn": "attention"}`, checked against the modules of a model.
+
+    A dotted key is a path from the root, and its new name is found at the root; a single name is renamed wherever
+    it stands.
+    """
+
+    def __init__(self, root: Module, rename: Mapping[str, str], taken: Collection[str]) -> None:
+        self._mounted: dict[str, str] = {}  # new name -> path
+        self._names: dict[str, list[str]] = {}  # new name -> the modules' own
+        paths = {name for name, _ in root.named_modules() if name}
+        for key, new in rename.items():
+            _check_name(key, new, taken)
+            old = key.removeprefix("model.") if key not in paths else key
+            _check_key(old, key, paths)
+            if "." in old:
+                if self._mounted.setdefault(new, old) != old:
+                    raise InputError(_TWICE.format(new=new, first=self._mounted[new], second=old))
+            else:
+                self._names.setdefault(new, []).append(old)
+        self._check_collisions(root)
+
+    def __bool__(self) -> bool:
+        return bool(self._mounted or self._names)
+
+    def find(self, module: Module, name: str, is_root: bool) -> str | None:
+        """The path below `module` that `name` stands for there."""
+        for old in self._names.get(name, ()):
+            if old in module._modules:
+                return old
+        return self._mounted.get(name) if is_root else None
+
+    def names_in(self, module: Module, is_root: bool) -> list[str]:
+        """The new names that `module` has."""
+        known = [new for new, old in self._names.items() if any(name in module._modules for name in old)]
+        return [*known, *self._mounted] if is_root else known
+
+    def resolve(self, root: Module, path: str) -> str:
+        """`path`, which may be spelled with new names, in the model's own names; unknown names stay."""
+        module, own = root, []
+        for name in path.split("."):
+            found = name if name in module._modules else self.find(module, name, module is root) or name
+            own.append(found)
+            for part in found.split("."):
+                module = module._modules.get(part) or Module()
+        return ".".join(own)
+
+    def describe(self) -> str:
+        """`layers = transformer.h, attention = attn`."""
+        pairs = [*self._mounted.items(), *((new, " or ".join(old)) for new, old in self._names.items())]
+        return ", ".join(f"{new} = {old}" for new, old in pairs)
+
+    def _check_collisions(self, root: Module) -> None:
+        for path, module in root.named_modules():
+            where = f"model.{path}".rstrip(".")
+            here: dict[str, str] = {}
+            names = [(old, new) for new, olds in self._names.items() for old in olds if old in module._modules]
+            if module is root:
+                names += [(old, new) for new, old in self._mounted.items()]
+            for old, new in names:
+                if hasattr(module, new):
+                    raise InputError(_COLLIDES.format(old=old, new=new, what=f"{where}.{new}, which exists already"))
+                if here.setdefault(new, old) != old:
+                    raise InputError(_TWICE.format(new=f"{where}.{new}", first=here[new], second=old))
+
+
+def _check_name(key: str, new: str, taken: Collection[str]) -> None:
+    if not isinstance(new, str) or not new.isidentifier():
+        raise InputError(f"rename: {new!r}, for {key!r}, cannot be written after a dot: give one plain name.")
+    if new in taken:
+        raise InputError(_COLLIDES.format(old=key, new=new, what=f"the attribute .{new} that every envoy has"))
+
+
+def _check_key(key: str, given: str, paths: Iterable[str]) -> None:
+    paths = set(paths)
+    names = {path.rpartition(".")[2] for path in paths}
+    known = paths if "." in key else names
+    if key not in known:
+        raise UnknownPathError(unknown_key("rename", given, known))
+
+
+def unknown_key(option: str, key: str, known: Iterable[str]) -> str:
+    """The message for a key that is no path and no name of a module."""
+    known = sorted(known)
+    close = difflib.get_close_matches(key, known, n=3, cutoff=0.5) or [k for k in known if not k.isdigit()][:8]
+    return f"{option}: the model has no module {key!r}. The closest are: {', '.join(close)}."
+
+
+_COLLIDES = "rename: {old!r} cannot be called {new!r}, because that is {what}. Choose another name."
+_TWICE = "rename: {new!r} would stand for {first!r} and for {second!r}. Choose another name for one of them."

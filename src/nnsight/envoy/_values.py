@@ -1,0 +1,112 @@
+"""Values: what modules and operations have in common, their input and output."""
+
+from __future__ import annotations
+
+import sys
+from typing import Any
+
+import torch
+
+from .._core import INPUT, OUTPUT, active
+from ._tree import Tree, first_input, with_first_input
+
+
+class Values:
+    """The values of one place of the model: a module, or an operation inside a module's forward."""
+
+    _place: Any
+    _path: str
+    _tree: Tree
+
+    @property
+    def output(self) -> Any:
+        """What the module or operation returns; waits until it has run.
+
+        Example:
+            >>> with model.trace(x):                      # doctest: +SKIP
+            ...     hidden = model.layer.output.save()
+
+        Raises:
+            NotTracingError: Outside a trace.
+            OutOfOrderError: It has already run, and a second pass cannot serve the read.
+            NeverRanError: It does not run in this forward.
+        """
+        tree, place = self._tree, self._place
+        worker = active.get()
+        if worker is None or worker.instruments is not tree.instruments:
+            worker = tree.worker(self._path, OUTPUT)
+        if tree.before_request is not None:
+            tree.before_request(worker, place, self._path)
+        visit, value = worker.run.read(worker, place, OUTPUT, self._path)
+        if type(value) is torch.Tensor and tree.plain_tensors:
+            return value
+        return tree.show(worker, visit, place, self._path, value)
+
+    @output.setter
+    def output(self, value: Any) -> None:
+        self._tree.write(self._place, self._path, OUTPUT, value, sys._getframe(1))
+
+    @property
+    def inputs(self) -> tuple[tuple[Any, ...], dict[str, Any]]:
+        """What it is called with: `(args, kwargs)`; waits until it is called."""
+        tree, place = self._tree, self._place
+        worker = tree.worker(self._path, INPUT)
+        if tree.before_request is not None:
+            tree.before_request(worker, place, self._path)
+        return worker.run.read(worker, place, INPUT, self._path)[1]
+
+    @inputs.setter
+    def inputs(self, value: tuple[tuple[Any, ...], dict[str, Any]]) -> None:
+        args, kwargs = value
+        self._tree.write(self._place, self._path, INPUT, (tuple(args), dict(kwargs)), sys._getframe(1))
+
+    @property
+    def input(self) -> Any:
+        """The first argument it is called with; waits until it is called."""
+        return first_input(self.inputs, self._path)
+
+    @input.setter
+    def input(self, value: Any) -> None:
+        tree, place = self._tree, self._place
+        worker = tree.worker(self._path, INPUT)
+        if tree.before_request is not None:
+            tree.before_request(worker, place, self._path)
+        visit = worker.run.reach(worker, place, INPUT, self._path, write=True)
+        worker.run.change(worker, visit, with_first_input(visit, value), f"{self._path}.input")
+
+    @property
+    def path(self) -> str:
+        """Where it is in the model: `model.transformer.h.3`."""
+        return self._path
+
+    def skip(self, value: Any) -> None:
+        """Do not run it: let `value` be what it returns.
+
+        Nothing inside it runs either, so asking for a value there is a `NeverRanError`.  For a block of a Hugging Face
+        model `value` is the hidden states, or a tuple with them in front, whichever the block itself returns.
+
+        Example:
+            >>> import torch
+            >>> from nnsight import NNsight
+            >>> model = NNsight(torch.nn.Sequential(torch.nn.Linear(3, 3), torch.nn.Linear(3, 3)))
+            >>> with model.trace(torch.ones(1, 3)):
+            ...     model[1].skip(model[1].input)
+            ...     first, last = model[0].output.save(), model.output.save()
+            >>> torch.equal(first, last)
+            True
+
+        Args:
+            value: What stands for the output: a tensor, or a tuple as the module itself returns it.
+
+        Raises:
+            OutOfOrderError: It has been called already.
+            NeverRanError: It is not called in this forward.
+            RowsError: In a batch, the block that skips sees a part of the rows only.
+        """
+        tree, place = self._tree, self._place
+        worker = tree.worker(self._path, OUTPUT)
+        if tree.before_request is not None:
+            tree.before_request(worker, place, self._path)
+        if tree.stand_in is not None:
+            value = tree.stand_in(place, value)
+        worker.run.skip(worker, place, self._path, value)
