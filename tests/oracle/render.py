@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import itertools
 import linecache
 import re
 import textwrap
@@ -16,7 +15,6 @@ from .programs import Action, Block, Program, Segment
 from nnsight import LanguageModel, NNsight
 
 _BLOCK = re.compile(r"(transformer\.h|model\.layers)\.\d+")
-_numbers = itertools.count()
 
 VECTOR = {ROWS: "[-1]", SEQ: "[-1, -1]", TIME: "[-1, -1]", FLAT: "[-1]", STATES: "[-1, -1]"}
 LAST = {SEQ: "[:, -1]", TIME: "[-1]"}
@@ -42,7 +40,7 @@ def execute(program: Program, source: str, module: torch.nn.Module) -> tuple[dic
         with model.trace(*spec.inputs(99, 2, 2)):
             pass
     log: dict[Any, Any] = {}
-    filename = f"<program {next(_numbers)}>"
+    filename = "<program>"
     linecache.cache[filename] = (len(source), None, source.splitlines(keepends=True), filename)
     space = {"torch": torch, "model": model, "inputs": inputs, "log": log, "__name__": "program"}
     try:

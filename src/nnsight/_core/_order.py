@@ -24,14 +24,15 @@ def explain_late(run: Run, worker: Worker, request: Request, write: bool) -> Ord
         names = ", ".join(repr(name) for name in worker.waited[-3:])
         return _out_of_order(run, request, f"It had passed while {worker.label} waited for {names}.")
     if write:
-        reason = _unseen(run, request) or "It cannot be changed any more."
-        return _out_of_order(run, request, reason)
+        unseen = _unseen(run, request)
+        return _out_of_order(run, request, f"{unseen} makes it visible." if unseen else "It cannot be changed any more.")
     if run.strict:
         return _out_of_order(run, request, "Strict order is on, so no second pass serves it.")
     obstacle = run.edits.obstacle()
     if obstacle is not None:
-        reason = f"A second pass could not serve it: {obstacle}. {_unseen(run, request)}"
-        return _out_of_order(run, request, reason.rstrip())
+        unseen = _unseen(run, request)
+        reason = f"A second pass could not serve it: {obstacle}."
+        return _out_of_order(run, request, f"{reason} {unseen} makes it visible." if unseen else reason)
     return None
 
 
@@ -43,7 +44,7 @@ def warn_late(run: Run, request: Request) -> None:
     advice = _unseen(run, request) or "Reading in the order the model runs (move this line up)"
     message = (
         f"{_name(request)} was asked for at {describe_line(user_line())} after {_whereabouts(run)}: a second forward "
-        f"pass serves it. {advice.rstrip('.')} saves that pass."
+        f"pass serves it. {advice} saves that pass."
     )
     warnings.warn_explicit(
         message, OutOfOrderWarning, frame.f_code.co_filename, frame.f_lineno, module=frame.f_globals.get("__name__")
@@ -76,7 +77,7 @@ def _unseen(run: Run, request: Request) -> str:
     if main is None or not isinstance(place, OperationPlace) or not main.see().is_late(request):
         return ""
     source = request.path.rpartition(".")[0]
-    return f"Naming {source} before {path_of(run, place.module)} starts (at the top of the block) makes it visible."
+    return f"Naming {source} before {path_of(run, place.module)} starts (at the top of the block)"
 
 
 def _never_ran(run: Run, request: Request) -> NeverRanError:

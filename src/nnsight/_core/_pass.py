@@ -51,6 +51,7 @@ class Pass:
         "final",
         "guards",
         "here",
+        "input_recorders",
         "learning",
         "recorders",
         "running",
@@ -86,6 +87,7 @@ class Pass:
         self.sight: Sight | None = None
         self.single = getattr(call, "function", None) is stepper  # there is one step
         self.recorders: dict[Any, list[Recorder]] = {}
+        self.input_recorders: dict[Any, list[Recorder]] = {}
         self._step_counts: dict[Any, int] = {}
         self._counted: set[Module] = set()
         self._all_counted = self._borrowed_inference = False
@@ -169,12 +171,17 @@ class Pass:
                 args, kwargs = visit.value
             if self._overrides and place in self._overrides:
                 plain = self._overrides[place](plain)
-            if self.recorders and place in self.recorders:
-                for recorder in self.recorders[place]:
+            if self.input_recorders and place in self.input_recorders:
+                for recorder in self.input_recorders[place]:
                     recorder.begin(args, kwargs, index)
             result = plain(*args, **kwargs)
-            if place in self.wanted_outputs or place in self.guards or place in self.recorders:
+            if place in self.wanted_outputs or place in self.guards:
                 return self._leave(place, result, index, args, kwargs)
+            if self.recorders and place in self.recorders:
+                if place._forward_hooks or _global_forward_hooks:
+                    return self._leave(place, result, index, args, kwargs)
+                for recorder in self.recorders[place]:
+                    recorder.end(result, args, kwargs, index, self.step)
             return result
         finally:
             self.running.pop()
@@ -212,7 +219,7 @@ class Pass:
         if place in self.guards:
             self._pass_by_children(place)
         for recorder in self.recorders.get(place, ()):
-            recorder.end(result, args, kwargs, index)
+            recorder.end(result, args, kwargs, index, self.step)
         return result
 
     def _leave_after_hooks(
@@ -228,7 +235,7 @@ class Pass:
             if module in self.guards:
                 self._pass_by_children(module)
             for recorder in self.recorders.get(module, ()):
-                recorder.end(result, args, kwargs, index)
+                recorder.end(result, args, kwargs, index, self.step)
             return result
 
         handle = module.register_forward_hook(last)
@@ -340,6 +347,8 @@ class Pass:
     def _pass_by_inside(self, place: Any) -> None:
         # What this pass counts is no profile of the model any more.
         self.learning = False
+        if place.__class__ is OperationPlace or place in self._overrides:
+            self.see().open(place)
         if isinstance(place, Module) and place._modules:
             self.see().skip(place)
             for module in [m for m in place.modules() if m is not place and m in self.guards]:

@@ -13,13 +13,21 @@ class Recorder(Protocol):
         """The place is called with these arguments, all edits of them included."""
         ...
 
-    def end(self, result: Any, args: tuple[Any, ...], kwargs: dict[str, Any], index: int) -> None:
-        """The call is over, and the model goes on with `result`; `begin` was missed where it had begun before."""
+    def end(self, result: Any, args: tuple[Any, ...], kwargs: dict[str, Any], index: int, step: int) -> None:
+        """The call is over, and the model goes on with `result`; `begin` was missed where it had begun before.
+
+        `step` is below 0 before the first step has begun.
+        """
         ...
 
 
 class Recording(Protocol):
     """Recorders that belong together, by place."""
+
+    @property
+    def takes_inputs(self) -> bool:
+        """Whether `begin` is to be called."""
+        ...
 
     @property
     def recorders(self) -> Mapping[Any, Recorder]: ...

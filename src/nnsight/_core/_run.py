@@ -84,6 +84,7 @@ class Run:
         self.lone = True
         self.saved: list[Any] = []
         self.recorders: dict[Any, list[Recorder]] = {}
+        self.input_recorders: dict[Any, list[Recorder]] = {}
         self.layouts: Layouts | None = None
         self._recordings: list[Recording] = []
         self._prepare: Callable[[], Call] | None = prepare
@@ -116,7 +117,7 @@ class Run:
             )
             if self.instruments.profile is None or call.fake:
                 self.main.learn(keep=not call.fake)
-            self.main.recorders = self.recorders
+            self.main.recorders, self.main.input_recorders = self.recorders, self.input_recorders
             self._watch_recorded(self.recorders)
         return self.main
 
@@ -271,6 +272,8 @@ class Run:
         self._recordings.append(recording)
         for place, recorder in recording.recorders.items():
             self.recorders.setdefault(place, []).append(recorder)
+            if recording.takes_inputs:
+                self.input_recorders.setdefault(place, []).append(recorder)
         self._watch_recorded(recording.recorders)
 
     def part(self, worker: Worker, place: Any, kind: str, value: Any, index: int, path: str) -> Any:

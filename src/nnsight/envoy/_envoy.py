@@ -5,6 +5,7 @@ from __future__ import annotations
 import functools
 import inspect
 from collections.abc import Iterator
+from itertools import chain
 from typing import Any, overload
 
 import torch
@@ -42,8 +43,8 @@ class Envoy(Values):
     @property
     def device(self) -> torch.device | None:
         """The device of the module's first parameter or buffer, None where it has neither."""
-        tensors = (*self._module.parameters(), *self._module.buffers())
-        return tensors[0].device if tensors else None
+        tensor = next(chain(self._module.parameters(), self._module.buffers()), None)
+        return None if tensor is None else tensor.device
 
     def get(self, path: str) -> Envoy:
         """The submodule at a dotted path, with or without the leading `model.`.

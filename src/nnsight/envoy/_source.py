@@ -165,6 +165,8 @@ class Operations(Tree):
 
 def operations_of(tree: Tree) -> Operations:
     """The operations of the modules of `tree`."""
+    if isinstance(tree, Operations):
+        return tree
     found = tree.operations
     if not isinstance(found, Operations) or found.root is not tree.root:
         found = tree.operations = Operations(tree.root)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -20,8 +22,13 @@ def resolve(name: str) -> str:
     if name.startswith("nnsight/"):
         folder = _BUNDLED / name.removeprefix("nnsight/")
         if not folder.is_dir():
-            known = ", ".join(f"nnsight/{path.name}" for path in sorted(_BUNDLED.iterdir()) if path.is_dir())
+            known = ", ".join(f"nnsight/{path.parent.name}" for path in sorted(_BUNDLED.glob("*/config.json")))
             raise LoadError(f"There is no bundled model {name!r}; there is: {known}.")
+        return str(folder)
+    if name.startswith((".", "/", "~")):
+        folder = Path(name).expanduser()
+        if not folder.is_dir():
+            raise LoadError(_NOT_FOUND.format(name=name, reason="there is no such folder."))
         return str(folder)
     return name
 
@@ -75,9 +82,25 @@ class Source:
 
         auto = getattr(transformers, self._auto_class)
         try:
-            return auto.from_pretrained(self.location, config=self.config, **self._options).eval()
+            with _quiet_progress(self.location != self.name):
+                return auto.from_pretrained(self.location, config=self.config, **self._options).eval()
         except OSError as error:
             raise LoadError(_NOT_FOUND.format(name=self.name, reason=_first_line(error))) from error
+
+
+@contextmanager
+def _quiet_progress(quiet: bool) -> Iterator[None]:
+    """No progress bar for a model that is there in a moment."""
+    from transformers.utils import logging
+
+    if not (quiet and logging.is_progress_bar_enabled()):
+        yield
+        return
+    logging.disable_progress_bar()
+    try:
+        yield
+    finally:
+        logging.enable_progress_bar()
 
 
 def _first_line(error: BaseException) -> str:

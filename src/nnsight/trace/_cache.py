@@ -64,7 +64,7 @@ class CacheEntry:
     def calls(self) -> Sequence[CachedCall]:
         """The calls of the module, in order."""
         site = self._cache._sites.get(self._path)
-        return () if site is None else tuple(site.calls)
+        return () if site is None else site.calls
 
     @property
     def output(self) -> Any:
@@ -167,7 +167,7 @@ class Cache:
 
     def keys(self) -> list[str]:
         """The paths of the modules that ran, in the order of the model's tree."""
-        return [path for path, site in self._sites.items() if site.calls]
+        return [path for path, site in self._sites.items() if site.steps]
 
     def values(self) -> list[CacheEntry]:
         """Their entries."""

@@ -10,6 +10,7 @@ import torch
 from torch.nn import Module
 
 from .._core import INPUT, OUTPUT, Run, Worker, map_tensors, user_frame
+from ..envoy import first_input
 from ..errors import EditError, NeverRanError, RowsError, SavedValueChangedWarning
 
 if TYPE_CHECKING:
@@ -28,6 +29,11 @@ class Keep(NamedTuple):
     detach: bool
     copy: bool
 
+    @property
+    def is_plain(self) -> bool:
+        """Whether outputs go into the cache as they are, and nothing else does."""
+        return self.output and not (self.inputs or self.copy) and self.device is None and self.dtype is None
+
     def tensor(self, tensor: torch.Tensor) -> torch.Tensor:
         """A tensor of the model as it goes into the cache."""
         if self.detach and tensor.requires_grad:
@@ -41,10 +47,10 @@ class Keep(NamedTuple):
 class CachedCall:
     """One call of a cached module; `step` is the step of the generation it belongs to (0 in a trace)."""
 
-    __slots__ = ("_inputs", "_output", "_site", "step")
+    __slots__ = ("_inputs", "_output", "_path", "step")
 
-    def __init__(self, site: Site, output: Any, inputs: Any, step: int) -> None:
-        self._site = site
+    def __init__(self, path: str, output: Any, inputs: Any, step: int) -> None:
+        self._path = path
         self._output = output
         self._inputs = inputs
         self.step = step
@@ -52,21 +58,20 @@ class CachedCall:
     @property
     def output(self) -> Any:
         """What the module returned, after all edits."""
-        return self._site.show(_kept(self._output, self._site.path, "outputs"))
+        return _kept(self._output, self._path, "output")
 
     @property
     def inputs(self) -> tuple[tuple[Any, ...], dict[str, Any]]:
         """What the module was called with, after all edits: `(args, kwargs)`."""
-        return _kept(self._inputs, self._site.path, "inputs")
+        return _kept(self._inputs, self._path, "inputs")
 
     @property
     def input(self) -> Any:
         """The first argument the module was called with."""
-        args, kwargs = self.inputs
-        return args[0] if args else next(iter(kwargs.values()), None)
+        return first_input(self.inputs, self._path)
 
     def __repr__(self) -> str:
-        return f"{self._site.path}, step {self.step}: {self.describe()}"
+        return f"{self._path}, step {self.step}: {self.describe()}"
 
     def describe(self) -> str:
         """The shapes and dtypes of what was kept."""
@@ -75,50 +80,91 @@ class CachedCall:
 
 
 class Site:
-    """The recorder of one module."""
+    """The recorder of one module: for each of its calls an item in several lists, which costs least."""
 
     def __init__(self, path: str, module: Module, recording: CacheRecording) -> None:
         self.path = path
-        self.calls: list[CachedCall] = []
+        self.steps: list[int] = []
+        self._outputs: list[Any] = []
+        self._inputs: list[Any] = []
+        self._versions: list[Any] = []  # of an output: a number, or a list of tensors with theirs
         self._module: Module | None = module
         self._recording: CacheRecording | None = recording
-        self._begun: list[Any] = []
+        self._plain = recording.keep.is_plain
+        self._detach = recording.keep.detach
+
+    # --- in the model's coroutine ----------------------------------------------------------------------------
 
     def begin(self, args: tuple[Any, ...], kwargs: dict[str, Any], index: int) -> None:
         recording = self._recording
-        if recording is not None and recording.keep.inputs:
-            self._begun.append(recording.take(self._module, INPUT, (args, kwargs), index, self.path))
+        if recording is not None:
+            inputs = recording.take(self._module, INPUT, (args, kwargs), index, self.path)
+            recording.begun.append((self, index, inputs))
 
-    def end(self, result: Any, args: tuple[Any, ...], kwargs: dict[str, Any], index: int) -> None:
+    def end(self, result: Any, args: tuple[Any, ...], kwargs: dict[str, Any], index: int, step: int) -> None:
         recording = self._recording
         if recording is None:
             return
-        inputs = output = _MISSING
-        if recording.keep.inputs:
-            if not self._begun:
-                self.begin(args, kwargs, index)
-            inputs = self._begun.pop()
-        if recording.keep.output:
-            output = recording.take(self._module, OUTPUT, result, index, self.path)
-        self.calls.append(CachedCall(self, output, inputs, recording.step()))
+        if self._plain and type(result) is torch.Tensor and recording.worker.rows is None:
+            if self._detach and result.requires_grad:
+                result = result.detach()
+            self._versions.append(None if result.is_inference() else result._version)
+        else:
+            if recording.keep.inputs:
+                self._inputs.append(self._begun(recording, args, kwargs, index))
+            if recording.keep.output:
+                result = recording.take(self._module, OUTPUT, result, index, self.path)
+            else:
+                result = _MISSING
+            self._versions.append(None)
+        self._outputs.append(result)
+        self.steps.append(step if step > 0 else 0)
 
-    def show(self, value: Any) -> Any:
-        """An output in every spelling it has in a trace."""
-        module, recording = self._module, self._recording
-        return value if module is None or recording is None else recording.tree.present(module, value, _refuse)
+    def _begun(
+        self, recording: CacheRecording, args: tuple[Any, ...], kwargs: dict[str, Any], index: int
+    ) -> Any:
+        begun = recording.begun
+        while begun:
+            site, number, inputs = begun.pop()  # calls that ended by an error are above
+            if site is self and number == index:
+                return inputs
+        return recording.take(self._module, INPUT, (args, kwargs), index, self.path)
+
+    # --- what was recorded -----------------------------------------------------------------------------------
+
+    @property
+    def calls(self) -> list[CachedCall]:
+        """The calls so far."""
+        inputs = self._inputs or [_MISSING] * len(self.steps)
+        return [CachedCall(self.path, *call) for call in zip(self._show(), inputs, self.steps, strict=True)]
+
+    def has_changed(self) -> bool:
+        """Whether an output was changed in place since it was recorded."""
+        return any(
+            version is not None and output._version != version
+            for output, version in zip(self._outputs, self._versions, strict=True)
+        )
 
     def close(self) -> None:
         """Give the outputs the form they are shown in, and let go of the model."""
-        as_it_is = False
-        for call in self.calls:
-            value = call._output
-            plain = type(value) is torch.Tensor
-            if value is _MISSING or isinstance(value, RowsError) or (plain and as_it_is):
-                continue
-            call._output = self.show(value)
-            as_it_is = as_it_is or (plain and call._output is value)
+        self._outputs = self._show()
+        self._versions.clear()
         self._module = self._recording = None
-        self._begun.clear()
+
+    def _show(self) -> list[Any]:
+        """The outputs in every spelling they have in a trace."""
+        module, recording = self._module, self._recording
+        if module is None or recording is None:
+            return self._outputs
+        present, as_it_is = recording.tree.present, False
+        shown = []
+        for value in self._outputs:
+            plain = type(value) is torch.Tensor
+            if not (plain and as_it_is or value is _MISSING or isinstance(value, RowsError)):
+                given, value = value, present(module, value, _refuse)
+                as_it_is = as_it_is or (plain and value is given)
+            shown.append(value)
+        return shown
 
 
 class CacheRecording:
@@ -126,29 +172,23 @@ class CacheRecording:
 
     def __init__(self, run: Run, worker: Worker, tree: Tree, modules: Mapping[str, Module], keep: Keep) -> None:
         self.tree = tree
+        self.worker = worker
         self.keep = keep
+        self.takes_inputs = keep.inputs
+        self.begun: list[tuple[Site, int, Any]] = []
         self.recorders = {module: Site(path, module, self) for path, module in modules.items()}
-        self._run: Run | None = run
-        self._worker: Worker | None = worker
         self._live: list[tuple[torch.Tensor, int, str]] = []
         frame = user_frame()
         self._line = ("<unknown>", 0) if frame is None else (frame.f_code.co_filename, frame.f_lineno)
 
-    def step(self) -> int:
-        """The step that the model is in."""
-        main = self._run.main if self._run is not None else None
-        return 0 if main is None else max(main.step, 0)
-
     def take(self, module: Module | None, kind: str, value: Any, index: int, path: str) -> Any:
         """The worker's part of a value as it goes into the cache; an error where it has no part."""
-        worker = self._worker
-        if worker is not None and worker.rows is not None:
+        worker = self.worker
+        if worker.rows is not None:
             try:
                 value = worker.run.part(worker, module, kind, value, index, f"{path}.{kind}")
             except RowsError as error:
                 return error
-        if type(value) is torch.Tensor:
-            return self._keep(value, path)
         return map_tensors(lambda tensor: self._keep(tensor, path), value)
 
     def _keep(self, tensor: torch.Tensor, path: str) -> torch.Tensor:
@@ -159,10 +199,13 @@ class CacheRecording:
 
     def finish(self) -> None:
         """Say which values the model, or an edit, changed in place after they were cached."""
-        if self._run is not None and self._run.call is not None and self._run.call.fake:
+        call = self.worker.run.call
+        if call is not None and call.fake:
             return
-        changed = list(dict.fromkeys(path for tensor, version, path in self._live if tensor._version != version))
+        changed = [site.path for site in self.recorders.values() if site.has_changed()]
+        changed += [path for tensor, version, path in self._live if tensor._version != version]
         if changed:
+            changed = list(dict.fromkeys(changed))
             more = f" and {len(changed) - 5} more" if len(changed) > 5 else ""
             warnings.warn_explicit(
                 f"the cached values of {', '.join(changed[:5])}{more} were changed in place later in the run, by the model "
@@ -177,7 +220,7 @@ class CacheRecording:
             site.close()
         self.recorders = {}
         self._live.clear()
-        self._run = self._worker = None
+        self.begun.clear()
 
 
 def describe(value: Any) -> str:
@@ -193,13 +236,10 @@ def describe(value: Any) -> str:
 
 def _kept(value: Any, path: str, what: str) -> Any:
     if value is _MISSING:
-        raise NeverRanError(f"The cache has no {what} of {path}: ask for them with tracer.cache(include_{_OPTION[what]}=True).")
+        raise NeverRanError(f"The cache was not to keep {what} of {path}: ask for it with tracer.cache(include_{what}=True).")
     if isinstance(value, RowsError):
         raise value
     return value
-
-
-_OPTION = {"outputs": "output", "inputs": "inputs"}
 
 
 def _refuse(_: Any) -> None:
