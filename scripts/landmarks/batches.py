@@ -23,7 +23,7 @@ class Batches:
     rng: random.Random
     singles: int = 64
     long_tokens: int = 1024
-    repeated_share: float = 0.3
+    repeated_share: float = 0.4
     _order: Iterator[str] = field(init=False, repr=False)
 
     def __post_init__(self) -> None:

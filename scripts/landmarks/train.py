@@ -35,7 +35,7 @@ from transformers import (
 ROOT = Path(__file__).resolve().parents[2]
 DEFAULT_OUT = ROOT / "src" / "nnsight" / "_bundled" / "landmarks"
 MAX_LENGTH = 256
-PEAK_RATE = 2e-3
+PEAK_RATE = 1.5e-3
 WARM_UP = 50
 POSITION_SCALE = 0.15
 
@@ -188,8 +188,8 @@ def arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--out", type=Path, default=DEFAULT_OUT)
     parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--first-steps", type=int, default=500)
-    parser.add_argument("--steps", type=int, default=1300)
+    parser.add_argument("--first-steps", type=int, default=800)
+    parser.add_argument("--steps", type=int, default=900)
     return parser.parse_args()
 
 

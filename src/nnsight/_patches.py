@@ -12,13 +12,14 @@ from __future__ import annotations
 import ctypes
 import gc
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
 
 _TYPES: tuple[type, ...] = (torch.Tensor, list, dict, tuple, set, frozenset, int, float, complex, str, bytes)
 _mounted: list[tuple[type, str]] = []
+_held: list[Replacement] = []
 
 
 class _Mounted:
@@ -53,10 +54,13 @@ def _assign(cls: type, name: str, value: Any) -> None:
     ctypes.pythonapi.PyType_Modified(ctypes.py_object(cls))
 
 
-def mount(save: Callable[[Any], Any]) -> None:
-    """Give `.save()` and `.value` to tensors and built-in values; a second call changes nothing."""
+def mount(save: Callable[[Any], Any], replacements: Sequence[Replacement] = ()) -> None:
+    """Give `.save()` and `.value` to tensors and built-in values, and put `replacements` in place, once."""
     if _mounted:
         return
+    for replacement in replacements:
+        replacement.hold()
+        _held.append(replacement)
 
     def bind(instance: Any) -> Callable[[], Any]:
         return lambda: save(instance)
@@ -69,7 +73,22 @@ def mount(save: Callable[[Any], Any]) -> None:
 
 
 def unmount() -> None:
-    """Take `.save()` and `.value` from the built-in types and `torch.Tensor` again."""
+    """Take from `torch.Tensor` and the built-in types again what nnsight put there.
+
+    Wrapping a model mounts `.save()` and `.value`, and lets `with loss.backward():` open a block in a trace; wrapping
+    another one mounts them again.
+
+    Example:
+        >>> import torch, nnsight
+        >>> model = nnsight.NNsight(torch.nn.Linear(2, 2))
+        >>> hasattr(torch.ones(1), "save")
+        True
+        >>> nnsight.unmount()
+        >>> hasattr(torch.ones(1), "save")
+        False
+    """
+    while _held:
+        _held.pop().release()
     while _mounted:
         cls, name = _mounted.pop()
         del _namespace(cls)[name]

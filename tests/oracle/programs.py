@@ -93,7 +93,7 @@ class Block:
                         yield step, action
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, repr=False)
 class Program:
     """`steps` None is a trace, else a generation of that many tokens."""
 
@@ -106,6 +106,9 @@ class Program:
     blocks: tuple[Block, ...]
     steps: int | None = None
     barriers: tuple[tuple[str, int], ...] = ()
+
+    def __repr__(self) -> str:
+        return f"<a program on {self.model}>"
 
     @property
     def spec(self) -> Spec:
@@ -265,8 +268,7 @@ class _Drawing:
         return None if apart or not self.chance(2) else self.pick(self.sites).order
 
     def with_barrier(self, done: list[Action]) -> None:
-        at = len([a for a in done if a.site is not None and a.site.order <= self.meeting])
-        done.insert(at, Action(self.next_number(), "barrier", barrier="meet"))
+        done.insert(_index_after(done, self.meeting), Action(self.next_number(), "barrier", barrier="meet"))
 
     def draw_skip(self, owners: list[int | None]) -> None:
         """Choose a module that one block skips; what is inside does not run."""
@@ -350,8 +352,7 @@ class _Drawing:
         may = self.skipped is not None and (owner is None or len(self.inputs) == 1) and index not in self.with_gradients
         if may and self.chance(2):
             site = next(s for s in self.sites if s.event == (self.skipped, "input"))
-            at = len([a for a in done if a.site is not None and a.site.order <= site.order])
-            done.insert(at, Action(self.next_number(), "skip", site, self.pick(SHAPES), self.pick(SCALES)))
+            done.insert(_index_after(done, site.order), Action(self.next_number(), "skip", site, self.pick(SHAPES), self.pick(SCALES)))
 
     def action(self, index: int, owner: int | None, step: int | None, site: Site, done: list[Action]) -> Action:
         do = self.pick(self.possible(site))
@@ -430,3 +431,9 @@ class _Drawing:
             return source is owner
         a, b = self.inputs[source], self.inputs[owner]
         return a.rows == b.rows and (bound.layout not in (SEQ, TIME, FLAT) or not self.padded)
+
+
+def _index_after(actions: list[Action], order: int) -> int:
+    """Where in a block the places of the forward up to `order` are done with."""
+    later = (i for i, a in enumerate(actions) if a.do not in ("back", "late") and a.site.order > order)
+    return next(later, len(actions))

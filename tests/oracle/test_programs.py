@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 import torch
-from hypothesis import HealthCheck, given, note, settings
+from hypothesis import HealthCheck, Phase, given, note, settings
 from .models import ROWS, SEQ
 from .programs import Family, Program, programs
 from .reference import Reference, last_vector, of_input
@@ -20,6 +20,8 @@ LONG = settings.get_current_profile_name() == "long" or os.environ.get("NNSIGHT_
 COMMON = {
     "deadline": None,
     "database": None,
+    "report_multiple_bugs": False,
+    "phases": (Phase.generate, Phase.shrink),
     "suppress_health_check": [HealthCheck.too_slow, HealthCheck.data_too_large, HealthCheck.large_base_example],
 }
 
@@ -54,7 +56,8 @@ def test_programs(family):
 
 def check(program: Program) -> None:
     source = source_of(program)
-    note(f"\n# {program.model}, inputs {program.inputs}\n{source}")
+    sizes = ", ".join(f"{i.rows} x {i.length}" for i in program.inputs)
+    note(f"\n# {program.model}{', warm' * program.warm}; inputs of {sizes}\n{source}")
     module = program.spec.build()
     reference, expected_grads = with_parameter_gradients(module, lambda: Reference(program).run())
     with warnings.catch_warnings(record=True) as caught:

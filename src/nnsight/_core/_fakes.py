@@ -19,7 +19,6 @@ from torch._subclasses.fake_tensor import (
     FakeTensorConverter,
     FakeTensorMode,
 )
-from torch.nn import Module
 from torch.overrides import TorchFunctionMode
 
 from ..errors import ScanError
@@ -64,7 +63,8 @@ class _Converter(FakeTensorConverter):
         known = self._get_memo(t)
         if known is None:
             with torch.no_grad(), torch._C._DisableTorchDispatch():
-                known = FakeTensor(fake_mode, t.detach(), self._device).requires_grad_(t.requires_grad)
+                known = FakeTensor(fake_mode, t.detach(), self._device)
+                known.requires_grad_(t.requires_grad)
             self.set_tensor_memo(t, known)
         return known
 
@@ -103,3 +103,8 @@ class _OnFakes(TorchFunctionMode):
         if type(value) is tuple or type(value) is list:
             return type(value)([self._take(item) for item in value])
         return value
+
+
+_DEPENDS = """\
+{where} calls {operation}, whose result depends on numbers, and a scan computes shapes only. Scan the part before it \
+(read what you need, then tracer.stop()), or use trace()."""

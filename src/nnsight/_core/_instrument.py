@@ -7,7 +7,6 @@ instrumented before the model starts; a leaf is instrumented when it is asked fo
 
 from __future__ import annotations
 
-import inspect
 import functools
 import threading
 import weakref
@@ -58,7 +57,8 @@ def plain_forward(module: Module) -> Forward:
     """The module's forward as it is outside a run, bound to the module."""
     own = vars(module).get("forward")
     while _is_ours(own):
-        own = inspect.getclosurevars(own).nonlocals.get("previous")
+        cells = dict(zip(_REPLACEMENT_CODE.co_freevars, getattr(own, "__closure__", ()), strict=True))
+        own = cells["previous"].cell_contents
     return type(module).forward.__get__(module) if own is None else own
 
 

@@ -85,11 +85,14 @@ class Layouts:
         for place in places:
             trial.wanted_inputs[place] = trial.wanted_outputs[place] = 1
         trial.advance()
-        error = trial.error
+        error, trial.error = trial.error, None
         trial.close()
-        if error is not None:
+        if error is None:
+            return seen
+        try:
             raise error
-        return seen
+        finally:
+            del error  # its traceback holds this frame
 
 
 def _dimension(

@@ -10,6 +10,9 @@ import threading
 from typing import Any, NamedTuple
 
 import torch
+from torch.overrides import TorchFunctionMode
+
+from ._tensors import tensors_in
 
 _is_grad_enabled = torch._C.is_grad_enabled if hasattr(torch._C, "is_grad_enabled") else torch.is_grad_enabled
 _set_grad_enabled = torch._C._set_grad_enabled
@@ -45,9 +48,35 @@ def capture_modes() -> Modes:
     return _PLAIN[not _is_grad_enabled()]
 
 
-def with_inference(modes: Modes, enabled: bool) -> Modes:
-    """`modes` with inference mode on or off."""
-    rare = (modes.rare or _OFF)._replace(inference=enabled)
+class _OnInferenceTensors(TorchFunctionMode):
+    """Operations on inference tensors run in inference mode, outside which they cannot be changed."""
+
+    def __torch_function__(
+        self, function: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        kwargs = kwargs or {}
+        if any(tensor.is_inference() for tensor in tensors_in((args, kwargs))):
+            with torch.inference_mode():
+                return function(*args, **kwargs)
+        return function(*args, **kwargs)
+
+
+_LOAN = _OnInferenceTensors()
+
+
+def lend_inference(modes: Modes) -> Modes:
+    """`modes` of a body that holds inference tensors of a model: it may change them, and is otherwise its own."""
+    rare = modes.rare or _OFF
+    return Modes(modes.grad, rare._replace(function_modes=(_LOAN, *rare.function_modes)))
+
+
+def end_loan(modes: Modes) -> Modes:
+    """`modes` before `lend_inference`."""
+    rare = modes.rare or _OFF
+    others = list(rare.function_modes)
+    if _LOAN in others:
+        others.remove(_LOAN)
+    rare = rare._replace(function_modes=tuple(others))
     return _PLAIN[not modes.grad] if rare == _OFF else Modes(modes.grad, rare)
 
 

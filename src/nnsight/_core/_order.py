@@ -67,7 +67,8 @@ def _never_runs(run: Run, request: Request) -> bool:
     if main.counts.get(request.place):
         return False
     if isinstance(request.place, Module):
-        return profile is not None and not profile.get(request.place)
+        shown = run.overrides and run.instruments.parent(request.place) in run.overrides
+        return profile is not None and not profile.get(request.place) and not shown
     return main.done
 
 
@@ -114,7 +115,9 @@ def _whereabouts(run: Run) -> str:
         return "the forward pass had ended"
     step = f" in step {main.step}" if main.step > 0 else ""
     if main.here is not None:
-        return f"the model had reached {path_of(run, main.here.place)}.{main.here.kind}{step}"
+        here = main.here
+        kind = f".{here.kind}" if here.place.__class__ is not Place else ""
+        return f"the model had reached {path_of(run, here.place)}{kind}{step}"
     if main.running:
         return f"the model had gone on inside {path_of(run, main.running[-1])}{step}"
     return f"the model had gone on{step}"

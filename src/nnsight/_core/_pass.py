@@ -10,7 +10,7 @@ from torch.nn import Module
 from torch.nn.modules.module import _global_forward_hooks
 
 from ._coroutine import Coroutine, borrow, give_back
-from ._modes import Modes, capture_modes, is_inference, switch_modes, with_inference
+from ._modes import Modes, capture_modes, end_loan, is_inference, lend_inference, switch_modes
 from ._sight import Sight
 from ._visit import INPUT, OUTPUT, RESULT, STEP, OperationPlace, Request, Visit
 
@@ -31,12 +31,12 @@ class Pass:
     __slots__ = (
         "_all_counted",
         "_begin",
-        "_borrowed_inference",
         "_call",
         "_coroutine",
         "_counted",
         "_driver",
         "_instruments",
+        "_lent_inference",
         "_missed",
         "_modes",
         "_overrides",
@@ -90,7 +90,7 @@ class Pass:
         self.input_recorders: dict[Any, list[Recorder]] = {}
         self._step_counts: dict[Any, int] = {}
         self._counted: set[Module] = set()
-        self._all_counted = self._borrowed_inference = False
+        self._all_counted = self._lent_inference = False
         self._call = call
         self._instruments = instruments
         self._stepper = stepper
@@ -122,11 +122,11 @@ class Pass:
             self._restore_body(body, model)
 
     def _restore_body(self, body: Modes, model: Modes) -> None:
-        # Inference tensors can be edited only in inference mode: the body borrows it while it holds them.
-        if self._borrowed_inference:
-            body = with_inference(body, False)
-        self._borrowed_inference = is_inference(model) and not is_inference(body) and not self.done
-        switch_modes(model, with_inference(body, True) if self._borrowed_inference else body)
+        # Inference tensors can be edited only in inference mode: a body that holds them may edit those alone.
+        if self._lent_inference:
+            body = end_loan(body)
+        self._lent_inference = is_inference(model) and not is_inference(body) and not self.done
+        switch_modes(model, lend_inference(body) if self._lent_inference else body)
 
     def close(self) -> None:
         """Unwind the model where it stands."""
@@ -137,10 +137,7 @@ class Pass:
             if not self.done:
                 switch_modes(body, self._modes)  # the model's own `with` blocks end here
             give_back(coroutine)
-            if self._borrowed_inference:
-                switch_modes(capture_modes(), with_inference(body, False))
-            else:
-                switch_modes(capture_modes(), body)
+            switch_modes(capture_modes(), end_loan(body) if self._lent_inference else body)
         self._call = self._serve = self._missed = _nothing
         self._begin = None
         self.here = self._driver = self.sight = self.awaited = None
@@ -308,7 +305,7 @@ class Pass:
 
     def watch(self, module: Module) -> None:
         """Make a module's calls visible; modules with children are so from the start."""
-        if self._all_counted or module in self._counted:
+        if module in self._counted or (self._all_counted and not self._is_shown(module)):
             return
         self._counted.add(module)
         instruments = self._instruments
@@ -326,6 +323,10 @@ class Pass:
         if count:
             self.counts[module] = count
             self._step_counts[module] = self._step_counts.get(parent, 0)
+
+    def _is_shown(self, module: Module) -> bool:
+        """Whether the module is never called, but shown by the override of the module around it."""
+        return bool(self._overrides) and self._instruments.parent(module) in self._overrides
 
     def guard(self, parent: Module, place: Any) -> None:
         """When a call of `parent` is over, see to it that `place`, called in it, counts as passed."""
@@ -389,7 +390,8 @@ class Pass:
 
     def _learned(self) -> None:
         self.learning = False
-        counts = self._instruments.profile = dict(self.counts)
+        counts: dict[Any, int] = dict(self.counts)
+        self._instruments.profile = counts
         if self.step > 0:
             counts[self._stepper] -= 1  # the step that begins now
         parent = self._instruments.parent

@@ -8,6 +8,8 @@ from contextlib import contextmanager
 import torch
 from torch.nn import Module
 
+Slots = dict[str, torch.Tensor | None]
+
 
 @contextmanager
 def preserved_random_state() -> Iterator[None]:
@@ -19,17 +21,43 @@ def preserved_random_state() -> Iterator[None]:
 
 @contextmanager
 def preserved_buffers(root: Module) -> Iterator[list[torch.Tensor]]:
-    """Put the module's buffers back afterwards; the list then holds those that had been changed."""
+    """Put the module's buffers back afterwards; the list then holds those whose numbers had changed."""
     changed: list[torch.Tensor] = []
-    before = [(buffer, _version(buffer), buffer.detach().clone()) for buffer in root.buffers()]
+    owners = [module._buffers for module in root.modules() if isinstance(module._buffers, dict)]
+    slots: list[tuple[Slots, Slots]] = [(owner, dict(owner)) for owner in owners]
+    with torch._C.DisableTorchFunction():  # the numbers themselves, also where the model computes shapes only
+        before = [(buffer, _version(buffer), buffer.detach().clone()) for buffer in root.buffers()]
     try:
         yield changed
     finally:
-        with torch.no_grad():
+        with torch.no_grad(), torch._C.DisableTorchFunction():
+            for owner, was in slots:
+                _put_back(owner, was, changed)
             for buffer, version, copy in before:
-                if _version(buffer) != version or (version is None and not torch.equal(buffer, copy)):
+                # Native batch norm writes its running statistics without counting a version.
+                if _version(buffer) != version or not _same(buffer, copy):
                     changed.append(buffer)
                     buffer.copy_(copy)
+
+
+def _put_back(owner: Slots, was: Slots, changed: list[torch.Tensor]) -> None:
+    now = dict(owner)
+    if now.keys() == was.keys() and all(now[name] is buffer for name, buffer in was.items()):
+        return
+    for name in now.keys() | was.keys():
+        old, new = was.get(name), now.get(name)
+        if new is not old and new is not None and (old is None or not _same(old, new)):
+            changed.append(new)
+    owner.clear()
+    owner.update(was)
+
+
+def _same(one: torch.Tensor, other: torch.Tensor) -> bool:
+    if one.shape != other.shape or one.dtype != other.dtype or one.device != other.device:
+        return False
+    if one.is_meta or one.is_quantized or one.layout is not torch.strided:
+        return True  # not comparable: their versions must do
+    return torch.equal(one, other) or bool(((one == other) | (one != one) & (other != other)).all())  # NaN is NaN
 
 
 def _version(tensor: torch.Tensor) -> int | None:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 
@@ -25,13 +25,11 @@ class Replay:
         self._pass: Pass | None = None
         self._request: Request | None = None
         self._random_state = run.edits.random_state
+        self._wanted: set[tuple[Any, str]] = set()
         self._warned = False
 
     def reach(self, request: Request) -> Visit:
         """The visit that `request` asks for, in a repetition of the main pass."""
-        if not self._warned:
-            self._warned = True
-            warn_late(self._run, request)
         current, fresh = self._pass, False
         if current is None or current.done or current.has_passed(request):
             current, fresh = self._restart(), True
@@ -40,6 +38,9 @@ class Replay:
             found = self._advance(self._restart(), request)
         if found is None:
             raise never_ran(self._run, request)
+        if not self._warned:
+            self._warned = True
+            warn_late(self._run, request)
         return found
 
     def close(self) -> None:
@@ -56,18 +57,28 @@ class Replay:
         self._pass = Pass(
             run.call, run.instruments, run.stepper, run.modes, run.overrides, self._serve, self._missed
         )
-        for place, kind, _ in run.edits.by_visit:
-            self._pass.want(Request(place, kind, "", None, 0))
+        self._wanted.clear()
         return self._pass
+
+    def _want_edited_places(self, current: Pass) -> None:
+        for place, kind, _ in self._run.edits.by_visit:
+            if (place, kind) not in self._wanted:
+                self._wanted.add((place, kind))
+                self._watch(current, place)
+                current.want(Request(place, kind, "", None, 0))
+
+    def _watch(self, current: Pass, place: Any) -> None:
+        if isinstance(place, OperationPlace):
+            current.see().watch(place)
+        elif not place._modules:
+            current.watch(place)
 
     def _advance(self, current: Pass, request: Request) -> Visit | None:
         here = current.here
         if here is not None and here.kind == request.kind and here.is_occurrence(request):
             return here
-        if isinstance(request.place, torch.nn.Module) and not request.place._modules:
-            current.watch(request.place)
-        elif isinstance(request.place, OperationPlace):
-            current.see().watch(request.place)
+        self._want_edited_places(current)
+        self._watch(current, request.place)
         self._request = request
         current.want(request)
         try:
@@ -78,9 +89,13 @@ class Replay:
         finally:
             current.unwant(request)
             self._request = None
-        if current.error is not None:
-            raise current.error
-        return current.here
+        error, current.error = current.error, None
+        if error is None:
+            return current.here
+        try:
+            raise error
+        finally:
+            del error  # its traceback holds this frame
 
     def _serve(self, visit: Visit) -> None:
         edit = self._run.edits.by_visit.get((visit.place, visit.kind, visit.index))

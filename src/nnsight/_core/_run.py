@@ -303,7 +303,10 @@ class Run:
     def _late(self, request: Request, worker: Worker, write: bool) -> Visit:
         problem = explain_late(self, worker, request, write)
         if problem is not None:
-            raise problem
+            try:
+                raise problem
+            finally:
+                del problem  # its traceback holds this frame
         self.lone = False
         if self._replay is None:
             self._replay = Replay(self)
@@ -356,7 +359,10 @@ class Run:
             self._failure = main.error = None
             if not isinstance(error, NNsightError):
                 self.edits.annotate(error)
-            raise error
+            try:
+                raise error
+            finally:
+                del error  # its traceback holds this frame
 
     def _settle(self, main: Pass) -> None:
         """The forward is over: give deferred workers that still wait their answer."""

@@ -7,7 +7,8 @@ from typing import TYPE_CHECKING
 
 from torch.nn import Module
 
-from ..errors import InputError, UnknownPathError
+from nnsight.errors import InputError, UnknownPathError
+
 from ._rename import unknown_key
 
 if TYPE_CHECKING:
@@ -46,4 +47,4 @@ class Classes:
         return next((self._types[kind] for kind in type(module).__mro__ if kind in self._types), None)
 
 
-_BAD_KEY = "envoys: {key!r} is no key; give a class of modules (torch.nn.Linear), a name (\"attn\") or a path."
+_BAD_KEY = 'envoys: {key!r} is no key; give a class of modules (torch.nn.Linear), a name ("attn") or a path.'

@@ -91,12 +91,13 @@ class Envoy(Values):
         known = self._children.get(name)
         if known is None or known._module is not module:
             path = f"{self._path}.{name}"
-            known = self._children[name] = self._tree.envoy_class(module, path, Envoy)(module, path, self._tree)
+            cls = self._tree.envoy_class(module, path, Envoy)
+            known = self._children[name] = cls(module, path, self._tree)
         return known
 
     def _renamed(self, name: str) -> Envoy | None:
         aliases = self._tree.aliases
-        path = aliases and aliases.find(self._module, name, self._module is self._tree.root)
+        path = aliases and aliases.find(self._module._modules, name, self._module is self._tree.root)
         return self._walk(path) if path else None
 
     def __getattr__(self, name: str) -> Any:
@@ -106,12 +107,12 @@ class Envoy(Values):
         if child is not None:
             return child
         own = next((vars(cls)[name] for cls in type(self).__mro__ if name in vars(cls)), None)
-        if hasattr(own, "__get__"):
+        if own is not None and hasattr(own, "__get__"):
             return own.__get__(self, type(self))  # it raised an AttributeError, and does so again
         try:
             value = getattr(self._module, name)
         except AttributeError:
-            raise unknown(self, name, (*self._module._modules, *self._aliases(), *_public_names(type(self)))) from None
+            raise unknown(self, name, (*self._aliases(), *_public_names(type(self)))) from None
         return self._bind(value) if inspect.ismethod(value) and value.__self__ is self._module else value
 
     def _bind(self, method: Any) -> Any:
@@ -165,7 +166,7 @@ class Envoy(Values):
 
     def _aliases(self) -> list[str]:
         aliases = self._tree.aliases
-        return aliases.names_in(self._module, self._module is self._tree.root) if aliases else []
+        return aliases.names_in(self._module._modules, self._module is self._tree.root) if aliases else []
 
     def __repr__(self) -> str:
         aliases = self._tree.aliases
@@ -186,8 +187,8 @@ class Envoy(Values):
     def source(self) -> Source:
         """The operations inside the module's forward; printing it shows the code with their names.
 
-        Asking for it costs nothing; asking for a value of an operation makes this module's operations visible from its
-        next call on, in this trace only.  The module itself is not changed.
+        In a trace, asking for it makes the module's operations visible from its next call on, in this trace only.
+        The module itself is not changed.
 
         Example:
             >>> import torch

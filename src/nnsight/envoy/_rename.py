@@ -3,18 +3,18 @@
 from __future__ import annotations
 
 import difflib
-from collections.abc import Collection, Iterable, Mapping
+from collections.abc import Callable, Collection, Iterable, Mapping
 
 from torch.nn import Module
 
-from ..errors import InputError, UnknownPathError
+from nnsight.errors import InputError, UnknownPathError
 
 
 class Aliases:
     """`rename={"transformer.h": "layers", "attn": "attention"}`, checked against the modules of a model.
 
-    A dotted key is a path from the root, and its new name is found at the root; a single name is renamed wherever
-    it stands.
+    A dotted key is a path from the root, and its new name is found at the root; a single name is renamed
+    wherever it stands.
     """
 
     def __init__(self, root: Module, rename: Mapping[str, str], taken: Collection[str]) -> None:
@@ -35,27 +35,29 @@ class Aliases:
     def __bool__(self) -> bool:
         return bool(self._mounted or self._names)
 
-    def find(self, module: Module, name: str, is_root: bool) -> str | None:
-        """The path below `module` that `name` stands for there."""
+    def find(self, children: Collection[str], name: str, is_root: bool) -> str | None:
+        """The path that `name` stands for below a module with these children."""
         for old in self._names.get(name, ()):
-            if old in module._modules:
+            if old in children:
                 return old
         return self._mounted.get(name) if is_root else None
 
-    def names_in(self, module: Module, is_root: bool) -> list[str]:
-        """The new names that `module` has."""
-        known = [new for new, old in self._names.items() if any(name in module._modules for name in old)]
+    def names_in(self, children: Collection[str], is_root: bool) -> list[str]:
+        """The new names that a module with these children has."""
+        known = [new for new, olds in self._names.items() if any(old in children for old in olds)]
         return [*known, *self._mounted] if is_root else known
 
-    def resolve(self, root: Module, path: str) -> str:
-        """`path`, which may be spelled with new names, in the model's own names; unknown names stay."""
-        module, own = root, []
+    def resolve(self, path: str, children_of: Callable[[str], Collection[str]]) -> str:
+        """`path`, from the root, in the model's own names; unknown names stay.
+
+        `children_of` gives the names of a module's children, from its path (the root's is empty).
+        """
+        own = ""
         for name in path.split("."):
-            found = name if name in module._modules else self.find(module, name, module is root) or name
-            own.append(found)
-            for part in found.split("."):
-                module = module._modules.get(part) or Module()
-        return ".".join(own)
+            children = children_of(own)
+            found = name if name in children else self.find(children, name, not own) or name
+            own = f"{own}.{found}" if own else found
+        return own
 
     def describe(self) -> str:
         """`layers = transformer.h, attention = attn`."""
@@ -66,12 +68,16 @@ class Aliases:
         for path, module in root.named_modules():
             where = f"model.{path}".rstrip(".")
             here: dict[str, str] = {}
-            names = [(old, new) for new, olds in self._names.items() for old in olds if old in module._modules]
+            names = [
+                (old, new) for new, olds in self._names.items() for old in olds if old in module._modules
+            ]
             if module is root:
                 names += [(old, new) for new, old in self._mounted.items()]
             for old, new in names:
                 if hasattr(module, new):
-                    raise InputError(_COLLIDES.format(old=old, new=new, what=f"{where}.{new}, which exists already"))
+                    raise InputError(
+                        _COLLIDES.format(old=old, new=new, what=f"{where}.{new}, which exists already")
+                    )
                 if here.setdefault(new, old) != old:
                     raise InputError(_TWICE.format(new=f"{where}.{new}", first=here[new], second=old))
 
@@ -80,7 +86,9 @@ def _check_name(key: str, new: str, taken: Collection[str]) -> None:
     if not isinstance(new, str) or not new.isidentifier():
         raise InputError(f"rename: {new!r}, for {key!r}, cannot be written after a dot: give one plain name.")
     if new in taken:
-        raise InputError(_COLLIDES.format(old=key, new=new, what=f"the attribute .{new} that every envoy has"))
+        raise InputError(
+            _COLLIDES.format(old=key, new=new, what=f"the attribute .{new} that every envoy has")
+        )
 
 
 def _check_key(key: str, given: str, paths: Iterable[str]) -> None:
@@ -94,7 +102,9 @@ def _check_key(key: str, given: str, paths: Iterable[str]) -> None:
 def unknown_key(option: str, key: str, known: Iterable[str]) -> str:
     """The message for a key that is no path and no name of a module."""
     known = sorted(known)
-    close = difflib.get_close_matches(key, known, n=3, cutoff=0.5) or [k for k in known if not k.isdigit()][:8]
+    close = (
+        difflib.get_close_matches(key, known, n=3, cutoff=0.5) or [k for k in known if not k.isdigit()][:8]
+    )
     return f"{option}: the model has no module {key!r}. The closest are: {', '.join(close)}."
 
 

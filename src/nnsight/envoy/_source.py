@@ -10,9 +10,10 @@ from typing import TYPE_CHECKING, Any
 
 from torch.nn import Module
 
-from .._core import INPUT, OperationPlace, Worker, plain_forward
-from ..errors import SourceError, UnknownPathError
-from ..source import FunctionSource, Interception, analyse, callee_of, intercept
+from nnsight._core import INPUT, OperationPlace, Worker, plain_forward
+from nnsight.errors import SourceError, UnknownPathError
+from nnsight.source import FunctionSource, Interception, analyse, callee_of, intercept
+
 from ._tree import Tree
 from ._values import Values
 
@@ -23,8 +24,8 @@ if TYPE_CHECKING:
 class Source:
     """The source of a module's forward, or of a function called in it, with its operations as attributes.
 
-    Printing it shows the code with the operations' names; an operation has `.output`, `.input`, `.inputs`, `.skip()`
-    and, for what happens inside the function that it calls, a `.source` of its own.
+    Printing it shows the code with the operations' names; an operation has `.output`, `.input`, `.inputs`,
+    `.skip()` and, for what happens inside the function that it calls, a `.source` of its own.
 
     Example:
         >>> import torch
@@ -83,7 +84,7 @@ class Operation(Values):
         self._path = f"{source._path}.{name}"
 
     @property
-    def _tree(self) -> Operations:
+    def _tree(self) -> Operations:  # pyright: ignore[reportIncompatibleVariableOverride]
         return operations_of(self._source._owner._tree)
 
     @property
@@ -94,7 +95,7 @@ class Operation(Values):
     def source(self) -> Source:
         """The operations inside the function that is called here.
 
-        Where only a run can tell which function that is, this waits, in a trace, until it is about to be called.
+        Where only a run can tell which function that is, this waits, in a trace, until it is called.
 
         Example:
             >>> attention = model.transformer.h[0].attn.source.attention_interface_0        # doctest: +SKIP
@@ -174,7 +175,7 @@ def operations_of(tree: Tree) -> Operations:
 
 
 def source_of(envoy: Envoy) -> Source:
-    """The source of a module's forward, visible in the trace that the current code belongs to, if there is one."""
+    """The source of a module's forward; in a trace, its operations are visible from its next call on."""
     module = envoy._module
     forward = plain_forward(module)
     if isinstance(forward, MethodType) and forward.__func__ is Module.forward:
@@ -213,4 +214,5 @@ Which function {path} calls is known only while the model runs. Ask for its sour
 _CALLS_MODULE = "{path} calls a module: its operations are at {module}.source."
 
 _NO_FORWARD = """\
-{path} is a {kind}, which is never called and has no forward: ask for the .source of a module in it, or around it."""
+{path} is a {kind}, which is never called and has no forward: ask for the .source of a module in it, or \
+around it."""

@@ -50,10 +50,6 @@ class Tree:
         found = self.classes.find(module, path.removeprefix("model.")) if self.classes else None
         return found or default
 
-    def resolve(self, path: str) -> str:
-        """`path`, from the root, in the model's own names where it is spelled with new ones."""
-        return self.aliases.resolve(self.root, path) if self.aliases else path
-
     def find_worker(self) -> Worker | None:
         """The block of a trace of this model that the current code belongs to."""
         worker = active.get()

@@ -7,7 +7,8 @@ from typing import Any
 
 import torch
 
-from .._core import INPUT, OUTPUT, active
+from nnsight._core import INPUT, OUTPUT, active
+
 from ._tree import Tree, first_input, with_first_input
 
 
@@ -82,16 +83,17 @@ class Values:
     def skip(self, value: Any) -> None:
         """Do not run it: let `value` be what it returns.
 
-        Nothing inside it runs either, so asking for a value there is a `NeverRanError`.  For a block of a Hugging Face
-        model `value` is the hidden states, or a tuple with them in front, whichever the block itself returns.
+        Nothing inside it runs either, so asking for a value there is a `NeverRanError`.  For a block of a Hugging
+        Face model `value` is the hidden states, or a tuple with them in front, whichever the block returns.
 
         Example:
             >>> import torch
             >>> from nnsight import NNsight
             >>> model = NNsight(torch.nn.Sequential(torch.nn.Linear(3, 3), torch.nn.Linear(3, 3)))
             >>> with model.trace(torch.ones(1, 3)):
-            ...     model[1].skip(model[1].input)
-            ...     first, last = model[0].output.save(), model.output.save()
+            ...     first = model[0].output.save()
+            ...     model[1].skip(first)
+            ...     last = model.output.save()
             >>> torch.equal(first, last)
             True
 

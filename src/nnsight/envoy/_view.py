@@ -5,8 +5,9 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any, Literal
 
-from .._core import active
-from ..errors import EditError
+from nnsight._core import active
+from nnsight.errors import EditError
+
 from ._values import Values
 
 Source = Literal["output", "input"] | Callable[[Any], tuple[Any, str]]
@@ -15,9 +16,9 @@ Source = Literal["output", "input"] | Callable[[Any], tuple[Any, str]]
 class View:
     """An attribute of a custom envoy that shows a value in another form, for reading and writing.
 
-    Reading gives `get(value, envoy)`.  Where that shares memory with the value, as reshaped and sliced tensors do,
-    in-place edits of it reach the model; where it is a copy, they would be lost and are an error.  Assigning writes
-    `set(value, new, envoy)`.
+    Reading gives `get(value, envoy)`.  Where that shares memory with the value, as reshaped and sliced tensors
+    do, in-place edits of it reach the model; where it is a copy, they would be lost and are an error.  Assigning
+    writes `set(value, new, envoy)`.
 
     Example:
         >>> import torch
@@ -34,15 +35,15 @@ class View:
         ...     model[0].heads[:, 1] = 0                 # in place
         ...     model[0].heads = model[0].heads * 2      # a new value
         ...     hidden = model[1].input.save()
-        >>> hidden[0, 3:]
-        tensor([0., 0., 0.], grad_fn=<SelectBackward0>)
+        >>> hidden[0, 3:].tolist()
+        [0.0, 0.0, 0.0]
 
     Args:
-        source: `"output"` or `"input"` of the envoy, or a function from the envoy to a pair of an envoy or operation
-            and one of these names: `lambda attn: (attn.source.attention_interface_0, "output")`.
+        source: `"output"` or `"input"` of the envoy, or a function from the envoy to a pair of an envoy or
+            operation and one of these names: `lambda attn: (attn.source.attention_interface_0, "output")`.
         get: Makes what is shown, from the value and the envoy.
-        set: Makes the value to put back, from the value as it is, what was assigned, and the envoy. Without it the
-            attribute cannot be assigned.
+        set: Makes the value to put back, from the value as it is, what was assigned, and the envoy. Without it
+            the attribute cannot be assigned.
     """
 
     def __init__(

@@ -12,7 +12,7 @@ from .. import _patches
 from .._core import Call, Override, Probe
 from ..envoy import Aliases, Classes, Envoy, Tree
 from ..errors import InputError, NoInputError
-from ..trace import Edit, Editing, Given, Prepared, ScanTracer, Session, Tracer, save
+from ..trace import IN_A_TRACE, Edit, Editing, Given, Prepared, ScanTracer, Session, Tracer, save
 from ._batch import join_inputs, select_rows
 
 
@@ -53,7 +53,7 @@ class NNsight(Envoy):
     ) -> None:
         if not isinstance(module, Module):
             raise InputError(f"NNsight wraps a torch.nn.Module, not a {type(module).__name__}.")
-        _patches.mount(save)
+        _patches.mount(save, IN_A_TRACE)
         tree = Tree(module)
         super().__init__(module, "model", tree)
         if envoys:

@@ -104,7 +104,7 @@ class BlockOutput(torch.Tensor):
         return self._held.__deepcopy__(memo)
 
 
-class FakeBlockOutput(BlockOutput, FakeTensor):
+class FakeBlockOutput(BlockOutput, FakeTensor):  # type: ignore[reportIncompatibleVariableOverride, reportIncompatibleMethodOverride]
     """The same in a scan."""
 
 

@@ -19,8 +19,8 @@ _NOTHING: Any = object()
 def callee_of(function: Any, name: str) -> Function | None:
     """The object that operation `name` of `function` calls, None where only a run can tell.
 
-    Names are looked up as the function would: in its bound object, closure, globals and builtins, and in a local
-    variable that is assigned once, from such names or from a look-up in a mapping.
+    Names are looked up as the function would: in its bound object, closure, globals and builtins, and in a
+    local variable that is assigned once, from such names or from a look-up in a mapping.
     """
     operation = analyse(function).find(name)
     call = ast.parse(operation.text, mode="eval").body

@@ -8,11 +8,14 @@ from typing import Any
 
 from torch.nn import Module
 
-from .._core import current_pass
+from nnsight._core import current_pass
+
 from ._instrument import instrument
 from ._layers import Function, same
 
-Redirect = Callable[[Function, tuple[Any, ...], dict[str, Any]], tuple[Function, tuple[Any, ...], dict[str, Any]]]
+Redirect = Callable[
+    [Function, tuple[Any, ...], dict[str, Any]], tuple[Function, tuple[Any, ...], dict[str, Any]]
+]
 
 
 class Interception:

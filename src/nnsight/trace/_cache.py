@@ -16,7 +16,7 @@ from ._recording import CachedCall, CacheRecording, Keep, Site
 from ._save import save
 
 if TYPE_CHECKING:
-    from ..envoy import Tree
+    from ..envoy import Aliases, Tree
 
 Modules = Iterable[Envoy | Module | str] | Envoy | Module | str
 
@@ -27,7 +27,8 @@ _LONGEST = 200  # lines of a printed cache
 class Names:
     """The paths of a model's modules; a module with several paths goes by the first."""
 
-    def __init__(self, root: Module) -> None:
+    def __init__(self, root: Module, aliases: Aliases | None = None) -> None:
+        self._aliases = aliases
         self._first: dict[str, str] = {}
         self.children: dict[str, tuple[str, ...]] = {}
         known: dict[Module, str] = {}
@@ -37,7 +38,7 @@ class Names:
 
     def find(self, path: str) -> str:
         """The path that a module goes by, from any of its paths, with or without the leading `model.`."""
-        for spelled in (path, f"{_ROOT}.{path}"):
+        for spelled in (path, f"{_ROOT}.{path}", self._in_own_names(path)):
             if spelled in self._first:
                 return self._first[spelled]
         close = difflib.get_close_matches(path, self._first, n=3) or difflib.get_close_matches(
@@ -45,6 +46,13 @@ class Names:
         )
         hint = f" The closest are: {', '.join(close)}." if close else " Print the model to see its modules."
         raise UnknownPathError(f"The model has no module {path!r}.{hint}")
+
+    def _in_own_names(self, path: str) -> str:
+        if self._aliases is None:
+            return path
+        below = path.removeprefix(f"{_ROOT}.")
+        found = self._aliases.resolve(below, lambda own: self.children.get(f"{_ROOT}.{own}".rstrip("."), ()))
+        return f"{_ROOT}.{found}"
 
 
 class CacheEntry:
@@ -97,8 +105,6 @@ class CacheEntry:
     # --- the tree, spelled as on the model -------------------------------------------------------------------
 
     def _child(self, name: str) -> CacheEntry:
-        if name not in self._cache._names.children[self._path]:
-            return self._cache[f"{self._path}.{name}"]  # which says what is close
         return self._cache[f"{self._path}.{name}"]
 
     def _numbered(self) -> tuple[str, ...]:
@@ -220,7 +226,7 @@ def record_cache(run: Run, worker: Worker, tree: Tree, modules: Modules | None, 
     """Record calls of modules from now on, and give the cache they go into."""
     if not (keep.output or keep.inputs):
         raise InputError("A cache of nothing: leave include_output=True, or set include_inputs=True.")
-    names = Names(tree.root)
+    names = Names(tree.root, tree.aliases)
     recording = CacheRecording(run, worker, tree, _choose(tree.root, names, modules), keep)
     cache = Cache(names, {site.path: site for site in recording.recorders.values()})
     run.record(recording)

@@ -224,18 +224,6 @@ def _check_value(tensor: torch.Tensor, value: Any) -> None:
 # --- what stands for PyTorch's own in a trace and in a block ----------------------------------------
 
 
-def watch_backward() -> None:
-    """From here on `with loss.backward():` gives a block in a trace; pair with `unwatch_backward`."""
-    for replacement in _in_a_trace:
-        replacement.hold()
-
-
-def unwatch_backward() -> None:
-    """Undo one `watch_backward`."""
-    for replacement in _in_a_trace:
-        replacement.release()
-
-
 def is_entered(frame: FrameType) -> bool:
     """Whether a `with` statement enters what the call that `frame` is making returns."""
     code = frame.f_code.co_code
@@ -318,7 +306,9 @@ class _Engine:
         return getattr(self._plain, name)
 
 
-_in_a_trace = (
+# In place once a model is wrapped, and plain PyTorch outside a trace: to exchange them for each trace would cost PyTorch
+# its cache of a tensor's attributes each time.
+IN_A_TRACE = (
     Replacement(torch.Tensor, "backward", _make_backward),
     Replacement(torch.Tensor, "requires_grad", _make_requires_grad),
 )

@@ -87,7 +87,7 @@ class Site:
         self.steps: list[int] = []
         self._outputs: list[Any] = []
         self._inputs: list[Any] = []
-        self._versions: list[Any] = []  # of an output: a number, or a list of tensors with theirs
+        self._versions: list[int] = []  # of the outputs, while all of them are plain tensors
         self._module: Module | None = module
         self._recording: CacheRecording | None = recording
         self._plain = recording.keep.is_plain
@@ -105,20 +105,20 @@ class Site:
         recording = self._recording
         if recording is None:
             return
-        if self._plain and type(result) is torch.Tensor and recording.worker.rows is None:
+        if self._plain and type(result) is torch.Tensor and recording.worker.rows is None and not result.is_inference():
             if self._detach and result.requires_grad:
                 result = result.detach()
-            self._versions.append(None if result.is_inference() else result._version)
+            self._versions.append(result._version)
         else:
+            self._plain = False
             if recording.keep.inputs:
                 self._inputs.append(self._begun(recording, args, kwargs, index))
             if recording.keep.output:
                 result = recording.take(self._module, OUTPUT, result, index, self.path)
             else:
                 result = _MISSING
-            self._versions.append(None)
         self._outputs.append(result)
-        self.steps.append(step if step > 0 else 0)
+        self.steps.append(step)
 
     def _begun(
         self, recording: CacheRecording, args: tuple[Any, ...], kwargs: dict[str, Any], index: int
@@ -136,14 +136,12 @@ class Site:
     def calls(self) -> list[CachedCall]:
         """The calls so far."""
         inputs = self._inputs or [_MISSING] * len(self.steps)
-        return [CachedCall(self.path, *call) for call in zip(self._show(), inputs, self.steps, strict=True)]
+        steps = [max(step, 0) for step in self.steps]
+        return [CachedCall(self.path, *call) for call in zip(self._show(), inputs, steps, strict=True)]
 
     def has_changed(self) -> bool:
         """Whether an output was changed in place since it was recorded."""
-        return any(
-            version is not None and output._version != version
-            for output, version in zip(self._outputs, self._versions, strict=True)
-        )
+        return [output._version for output in self._outputs[: len(self._versions)]] != self._versions
 
     def close(self) -> None:
         """Give the outputs the form they are shown in, and let go of the model."""
@@ -154,17 +152,15 @@ class Site:
     def _show(self) -> list[Any]:
         """The outputs in every spelling they have in a trace."""
         module, recording = self._module, self._recording
-        if module is None or recording is None:
+        if module is None or recording is None or not self._outputs:
             return self._outputs
-        present, as_it_is = recording.tree.present, False
-        shown = []
-        for value in self._outputs:
-            plain = type(value) is torch.Tensor
-            if not (plain and as_it_is or value is _MISSING or isinstance(value, RowsError)):
-                given, value = value, present(module, value, _refuse)
-                as_it_is = as_it_is or (plain and value is given)
-            shown.append(value)
-        return shown
+        present, first = recording.tree.present, self._outputs[0]
+        if self._plain and present(module, first, _refuse) is first:
+            return self._outputs
+        return [
+            value if value is _MISSING or isinstance(value, RowsError) else present(module, value, _refuse)
+            for value in self._outputs
+        ]
 
 
 class CacheRecording:

@@ -15,12 +15,19 @@ T = TypeVar("T")
 
 
 class Saved(NamedTuple):
-    """A tensor as it was when it was saved."""
+    """A tensor as it was when it was saved; a view shares its version with its whole base, so it has a sum too."""
 
     tensor: weakref.ref[torch.Tensor]
     version: int
+    sums: torch.Tensor | None
     filename: str
     line: int
+
+    def has_changed(self) -> bool:
+        tensor = self.tensor()
+        if tensor is None or tensor._version == self.version:
+            return False
+        return self.sums is None or not torch.equal(self.sums, _sums(tensor))
 
 
 def save(value: T) -> T:
@@ -50,7 +57,7 @@ def save(value: T) -> T:
         if frame is not None:
             place = (frame.f_code.co_filename, frame.f_lineno)
             worker.run.saved += [
-                Saved(weakref.ref(tensor), tensor._version, *place)
+                Saved(weakref.ref(tensor), tensor._version, _sums(tensor) if tensor._is_view() else None, *place)
                 for tensor in tensors_in(value)
                 if not tensor.is_inference()
             ]
@@ -60,8 +67,7 @@ def save(value: T) -> T:
 def warn_about_changes(run: Run) -> None:
     """Say which saved tensors were changed in place after they were saved."""
     for saved in run.saved:
-        tensor = saved.tensor()
-        if tensor is not None and tensor._version != saved.version:
+        if saved.has_changed():
             warnings.warn_explicit(
                 "a tensor saved here was changed in place afterwards, by an edit or by the model, and holds the "
                 "changed numbers. To keep the earlier ones, save a copy: value.clone().save()",
@@ -70,3 +76,9 @@ def warn_about_changes(run: Run) -> None:
                 saved.line,
             )
     run.saved.clear()
+
+
+def _sums(tensor: torch.Tensor) -> torch.Tensor:
+    with torch.no_grad():
+        values = tensor.detach().to(torch.float64) if not tensor.is_complex() else torch.view_as_real(tensor).double()
+        return torch.stack([values.sum(), values.square().sum(), values.nan_to_num().abs().sum()]).nan_to_num(nan=-1.0)

@@ -17,7 +17,6 @@ from ._barrier import Barrier
 from ._cache import Cache, Modules, record_cache
 from ._dataflow import Dataflow, Deferred
 from ._given import Given, Prepare
-from ._gradient import unwatch_backward, watch_backward
 from ._invoke import Invoke
 from ._recording import Keep
 from ._save import warn_about_changes
@@ -68,7 +67,6 @@ class Tracer:
         if self._given:
             self._owners.append(worker)
         worker.enter()
-        watch_backward()
         _open[worker] = self
         return self
 
@@ -90,7 +88,6 @@ class Tracer:
             raise
         finally:
             worker.leave()
-            unwatch_backward()
             run.close()
             self._close()
         return False
