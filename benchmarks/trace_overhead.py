@@ -8,18 +8,13 @@ hits both.  The peer's environment (`.venv-peer`) is made on first use.
 
 import argparse
 import json
-import os
 import statistics
-import subprocess
 import sys
 import time
 import warnings
-from pathlib import Path
 
-ROOT = Path(__file__).resolve().parents[1]
-LANDMARKS = ROOT / "src" / "nnsight" / "_bundled" / "landmarks"
-PEER = "nnsight==0.8.1"
-PEER_VENV = ROOT / ".venv-peer"
+from _pair import LANDMARKS, ROOT, Worker, peer_python
+
 GOAL = 1 / 3  # of the peer's cost, on every line
 
 MODELS = {"mlp": "12 x Linear(16, 16)", "lm": "bundled language model, 12 blocks, 10 tokens"}
@@ -173,36 +168,6 @@ def work(folder):
 # --- the run -------------------------------------------------------------------------------------
 
 
-class Worker:
-    """A worker process."""
-
-    def __init__(self, python, folder, source=None):
-        environment = {k: v for k, v in os.environ.items() if k != "PYTHONPATH"} | {"HF_HUB_OFFLINE": "1"}
-        if source is not None:
-            environment["PYTHONPATH"] = str(source)
-        command = [str(python), str(Path(__file__).resolve()), "--worker", "--model", folder]
-        pipe = subprocess.PIPE
-        self._process = subprocess.Popen(command, stdin=pipe, stdout=pipe, text=True, env=environment)
-        self._answer()
-
-    def measure(self, name, case, pairs):
-        """The median seconds of a run with hooks, and of a trace."""
-        self._process.stdin.write(json.dumps([name, case, pairs]) + "\n")
-        self._process.stdin.flush()
-        hooked, traced = self._answer()
-        return statistics.median(hooked), statistics.median(traced)
-
-    def close(self):
-        self._process.stdin.close()
-        self._process.wait()
-
-    def _answer(self):
-        line = self._process.stdout.readline()
-        if not line:
-            raise SystemExit("a worker ended early; its error stands above")
-        return json.loads(line)
-
-
 def run(workers, names, rounds, pairs):
     """`(model, case, worker) -> [(hooks, trace) of each round]`, in seconds."""
     found = {(name, case, who): [] for name in names for case in CASES for who in workers}
@@ -211,12 +176,18 @@ def run(workers, names, rounds, pairs):
         for name in names:
             for case in CASES:
                 for who in order:
-                    times = workers[who].measure(name, case, pairs[name])
+                    times = measure(workers[who], name, case, pairs[name])
                     if number:
                         found[name, case, who].append(times)
         if sys.stderr.isatty():
             print(f"\rround {number} of {rounds}", end="\n" if number == rounds else "", file=sys.stderr)
     return found
+
+
+def measure(worker, name, case, pairs):
+    """The median seconds of a run with hooks, and of a trace."""
+    hooked, traced = worker.ask([name, case, pairs])
+    return statistics.median(hooked), statistics.median(traced)
 
 
 def report(found, names, people):
@@ -242,24 +213,6 @@ def with_spread(values):
     return f"{middle:.0f} ± {(high - low) / 2:.0f}"
 
 
-def peer_python(given):
-    """The interpreter of the peer's environment, which is made if it is not there."""
-    if given:
-        return given
-    python = PEER_VENV / ("Scripts/python.exe" if os.name == "nt" else "bin/python")
-    package, version = PEER.split("==")
-    test = f"import importlib.metadata as m; assert m.version({package!r}) == {version!r}"
-    if not python.exists() or subprocess.run([python, "-c", test], capture_output=True).returncode:
-        print(f"making {PEER_VENV.name} with {PEER}", file=sys.stderr)
-        lines = (ROOT / "constraints.txt").read_text("utf-8").splitlines()
-        pins = [line for line in lines if line.startswith(("torch==", "transformers=="))]
-        pip = [python, "-m", "pip", "install", "--quiet", "--disable-pip-version-check", PEER, *pins]
-        for command in ([sys.executable, "-m", "venv", PEER_VENV], pip):
-            if subprocess.run(command).returncode:
-                raise SystemExit(f"{PEER} could not be installed; --no-peer measures this package alone")
-    return python
-
-
 def main():
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
@@ -275,9 +228,9 @@ def main():
     if options.worker:
         work(options.model)
         return
-    workers = {"ours": Worker(sys.executable, options.model, ROOT / "src")}
+    workers = {"ours": Worker(__file__, sys.executable, options.model, ROOT / "src")}
     if not options.no_peer:
-        workers["peer"] = Worker(peer_python(options.peer_python), options.model)
+        workers["peer"] = Worker(__file__, peer_python(options.peer_python), options.model)
     names = list(MODELS) if options.model else ["mlp"]
     found = run(workers, names, max(options.rounds, 2), {"mlp": 20, "lm": 10})
     for worker in workers.values():

@@ -52,9 +52,7 @@ def says(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, prompts: li
     found = {}
     for group in groups.values():
         best = model(torch.tensor([ids for _, ids in group])).logits[:, -1].argmax(-1)
-        found |= {
-            prompt: tokenizer.decode(i) for (prompt, _), i in zip(group, best, strict=True)
-        }
+        found |= {prompt: tokenizer.decode(i) for (prompt, _), i in zip(group, best, strict=True)}
     return found
 
 
@@ -82,9 +80,7 @@ def test_one_token_words(tokenizer: PreTrainedTokenizerBase, word: str) -> None:
     assert len(tokenizer.encode(word)) == 1
 
 
-def test_answers_are_one_token(
-    tokenizer: PreTrainedTokenizerBase, facts: list[dict[str, str]]
-) -> None:
+def test_answers_are_one_token(tokenizer: PreTrainedTokenizerBase, facts: list[dict[str, str]]) -> None:
     assert all(len(tokenizer.encode(fact["answer"])) == 1 for fact in facts)
 
 

@@ -20,6 +20,7 @@ from acceptance import (
     wrong_answers,
 )
 from batches import IGNORED, Batches
+from card import write_card
 from corpus import all_facts, second_words, sentences, tokenizer_lines, whole_words
 from safetensors.torch import save_file
 from tokenizer import train_tokenizer
@@ -94,9 +95,7 @@ def train(model: GPT2LMHeadModel, batches: Batches, first_steps: int, steps: int
         repetition_only = step <= first_steps
         optimizer.param_groups[0]["lr"] = learning_rate(step, first_steps, steps)
         groups = (
-            [batches.repetitions()]
-            if repetition_only
-            else [batches.single_sentences(), batches.long_rows()]
+            [batches.repetitions()] if repetition_only else [batches.single_sentences(), batches.long_rows()]
         )
         loss = accumulate(model, groups)
         torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
@@ -124,9 +123,7 @@ def accumulate(model: GPT2LMHeadModel, groups: list[tuple[Tensor, Tensor]]) -> f
     return total
 
 
-def report(
-    model: GPT2LMHeadModel, batches: Batches, step: int, loss: float, seconds: float
-) -> None:
+def report(model: GPT2LMHeadModel, batches: Batches, step: int, loss: float, seconds: float) -> None:
     """Print the loss, the loss on repeated tokens, and the accuracy on a part of the facts."""
     again = repetition_losses(model)[1]
     sample = questions()[::12]
@@ -159,7 +156,7 @@ def write_facts(out: Path, asked: list[Question]) -> None:
 
 
 def check(out: Path, asked: list[Question]) -> list[str]:
-    """Reload the folder, print what it does, and return the requirements it misses."""
+    """Reload the folder, print what it does, write its card, and return what it misses."""
     tokenizer = AutoTokenizer.from_pretrained(out)
     model = AutoModelForCausalLM.from_pretrained(out).eval()
     wrong = wrong_answers(model, tokenizer, asked)
@@ -170,8 +167,9 @@ def check(out: Path, asked: list[Question]) -> list[str]:
         print(f"{kind}: {total - missed} of {total}")
     for question, said in wrong[:20]:
         print(f"wrong: {question.prompt!r} -> {said!r}, not {question.answer!r}")
-    first, again = repetition_losses(model)
-    print(f"loss on random tokens {first:.3f}, on the same again {again:.3f}")
+    losses = repetition_losses(model)
+    print("loss on random tokens {:.3f}, on the same again {:.3f}".format(*losses))
+    write_card(out, model, len(asked) - len(wrong), len(asked), losses)
     print(f"dtype {model.dtype}, vocabulary {len(tokenizer)}")
     print(show_grid(patch_grid(model, tokenizer)))
     size = sum(path.stat().st_size for path in out.iterdir())

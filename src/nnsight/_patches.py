@@ -17,7 +17,7 @@ from typing import Any
 
 import torch
 
-_TYPES: tuple[type, ...] = (torch.Tensor, list, dict, tuple, set, frozenset, int, float, complex, str, bytes)
+_TYPES: tuple[type, ...] = (list, dict, tuple, set, frozenset, int, float, complex, str, bytes)
 _mounted: list[tuple[type, str]] = []
 _held: list[Replacement] = []
 
@@ -65,11 +65,18 @@ def mount(save: Callable[[Any], Any], replacements: Sequence[Replacement] = ()) 
     def bind(instance: Any) -> Callable[[], Any]:
         return lambda: save(instance)
 
+    # PyTorch looks up every name of its tensors at their class.
+    _mount(torch.Tensor, "save", save)
+    _mount(torch.Tensor, "value", property(_itself))
     for cls in _TYPES:
-        for name, get in (("save", bind), ("value", _itself)):
-            if name not in vars(cls):
-                _assign(cls, name, _Mounted(cls, name, get))
-                _mounted.append((cls, name))
+        _mount(cls, "save", _Mounted(cls, "save", bind))
+        _mount(cls, "value", _Mounted(cls, "value", _itself))
+
+
+def _mount(cls: type, name: str, value: Any) -> None:
+    if name not in vars(cls):
+        _assign(cls, name, value)
+        _mounted.append((cls, name))
 
 
 def unmount() -> None:

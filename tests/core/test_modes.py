@@ -191,7 +191,7 @@ class TestModesOfTheModel:
             with model.trace(x):
                 for envoy in (*model.layers, model):
                     envoy.output
-                    assert modes() | {"inference": False} == PLAIN
+                    assert modes() | {"function modes": 0} == PLAIN
                 assert modes() == PLAIN
                 out = model.output
             assert seen(net) == plainly

@@ -327,6 +327,19 @@ class TestBlocks:
         else:
             assert torch.equal(logits, other(IDS, use_cache=False).logits)
 
+    def test_output_of_a_block_for_another_module(self, family):
+        module, path = family
+        model = LanguageModel(module)
+        block = model.get(path)[1]
+        norm = model.get(f"{path.rpartition('.')[0]}.{'norm' if 'layers' in path else 'ln_f'}")
+        with model.trace(IDS):
+            hidden = block.output
+            norm.skip(hidden)
+            given = model.lm_head.input
+            logits = model.lm_head.output
+        assert type(given) is torch.Tensor
+        assert torch.equal(logits, module.lm_head(hidden))
+
     def test_at_one_step_of_a_generation(self, family):
         module, path = family
         model = LanguageModel(module)

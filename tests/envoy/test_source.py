@@ -1,7 +1,9 @@
 """The operations inside a forward, compared with what the forward computes when its lines are run by hand."""
 
 import functools
+import gc
 import warnings
+import weakref
 
 import pytest
 import torch
@@ -502,6 +504,41 @@ class TestUntouched:
             model.output
         assert made == []
         assert isinstance(source, Source)
+
+
+class TestMemory:
+    @pytest.fixture(autouse=True)
+    def no_collector(self):
+        gc.collect()
+        gc.disable()
+        yield
+        gc.enable()
+
+    def test_nothing_outlives_the_model(self, x):
+        model = NNsight(Net())
+        seen = [weakref.ref(model._model)]
+        with model.trace(x):
+            source = model.blocks[0].source
+            seen.append(weakref.ref(source.torch_tanh_0.output))
+            inside = source.scaled_0.source
+            seen.append(weakref.ref(inside.torch_mul_0.output))
+            model.output
+        assert [reference() is None for reference in seen] == [False, True, True]
+        del model, source, inside
+        assert seen[0]() is None
+
+    def test_callee_met_in_the_trace(self, x):
+        class Method(nn.Module):
+            def forward(self, x):
+                y = x + 1
+                return y.square().sum()
+
+        model = NNsight(Method())
+        with model.trace(x):
+            seen = weakref.ref(model.source.y_square_0.output)
+            with pytest.raises(SourceError):
+                model.source.y_square_sum_0.source
+        assert seen() is None
 
 
 class Doubles(ModelHook):

@@ -251,6 +251,7 @@ class Site:
     width: int
     order: int  # where in the forward
     safe: bool  # an in-place change does not break the gradients of what made it
+    fresh: bool  # the forward meets this tensor for the first time, so nothing but what follows here has it
 
     @property
     def event(self) -> tuple[str, str]:
@@ -322,13 +323,17 @@ def _events(name: str) -> dict[tuple[str, str], int]:
 
 @functools.cache
 def _sites(name: str) -> tuple[Site, ...]:
-    found = []
+    found, met = [], []
     for order, ((path, kind), value) in enumerate(_observe(name).items()):
+        tensors = _items(value)
+        storages = {tensor.untyped_storage().data_ptr() for _, tensor in tensors}
+        fresh = not storages & set(met)
+        met += storages
         safe = kind == "output" and type(SPECS[name].build().get_submodule(path)) is not nn.Tanh
-        for item, tensor in _items(value):
+        for item, tensor in tensors:
             layout = _layout_of(tensor)
             if layout is not None:
-                found.append(Site(path, kind, item, layout, tensor.shape[-1], order, safe))
+                found.append(Site(path, kind, item, layout, tensor.shape[-1], order, safe, fresh))
     return tuple(found)
 
 

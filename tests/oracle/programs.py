@@ -95,10 +95,10 @@ class Block:
 
 @dataclass(frozen=True, repr=False)
 class Program:
-    """`steps` None is a trace, else a generation of that many tokens."""
+    """`steps` None is a trace, else a generation of that many tokens; `warm` is what the model was used for before."""
 
     model: str
-    warm: bool
+    warm: str
     grad: bool
     strict: bool
     in_function: bool
@@ -162,6 +162,7 @@ class _Drawing:
         self.spec = SPECS[self.pick(family.models)]
         self.steps = self.pick((1, 2, 3)) if family.generates else None
         self.inputs = self.draw_inputs()
+        self.grad = family.gradients or self.chance(2)
         self.bound: list[dict[str, tuple[Action, int, int | None]]] = []
         self.captured: set[tuple[str, str]] = set()
         self.skipped: str | None = None
@@ -205,8 +206,8 @@ class _Drawing:
             blocks.append(self.block(index, owner, quiet, loops))
         return Program(
             self.spec.name,
-            warm=self.chance(2),
-            grad=self.family.gradients or self.chance(2),
+            warm=self.pick(("", "", "single", "batch")),
+            grad=self.grad,
             strict=not self.family.late and self.chance(4),
             in_function=self.chance(2),
             inputs=self.inputs,
@@ -355,7 +356,7 @@ class _Drawing:
             done.insert(_index_after(done, site.order), Action(self.next_number(), "skip", site, self.pick(SHAPES), self.pick(SCALES)))
 
     def action(self, index: int, owner: int | None, step: int | None, site: Site, done: list[Action]) -> Action:
-        do = self.pick(self.possible(site))
+        do = self.pick(self.possible(site, owner))
         action = Action(
             self.next_number(),
             do,
@@ -374,20 +375,21 @@ class _Drawing:
                 return replace(action, use=self.pick(uses), only_step=None)
         return action
 
-    def possible(self, site: Site) -> list[str]:
-        if self.family.gradients:
-            found = ["read", "assign"]
-            if site.safe and not self.captured:
-                found.append("inplace")
+    def possible(self, site: Site, owner: int | None) -> list[str]:
+        batched = len(self.inputs) > 1
+        found = ["read", "read"]
+        if not (batched and owner is None and self.grad):
+            found.append("assign")
+        if batched and not site.fresh:
             return found
-        found = ["read", "read", "assign", "inplace", "column"]
-        if site.layout in (SEQ, TIME):
-            found.append("last")
-        return found
+        if self.family.gradients:
+            return [*found, "inplace"] if site.safe and not self.captured else found
+        return [*found, "inplace", "column", *(["last"] if site.layout in (SEQ, TIME) else [])]
 
     def loss_site(self) -> Site:
         """What losses are made of: the last output with the batch in front."""
-        return [s for s in self.sites if s.kind == "output" and s.layout in (ROWS, SEQ)][-1]
+        outputs = [s for s in self.sites if s.kind == "output" and s.layout in (ROWS, SEQ)]
+        return [s for s in outputs if s.item in ((), (0,))][-1]
 
     def note(self, index: int, action: Action, step: int | None) -> None:
         if action.bind is not None:

@@ -20,9 +20,9 @@ class Reference:
     the model returns.
     """
 
-    def __init__(self, program: Program) -> None:
+    def __init__(self, program: Program, module: nn.Module) -> None:
         self.program = program
-        self.module = program.spec.build()
+        self.module = module
         self.values: dict[Key, dict[int, torch.Tensor]] = {}
         self.layouts: dict[Key, str] = {}
         self.results: dict[int, Any] = {}

@@ -36,9 +36,7 @@ def execute(program: Program, source: str, module: torch.nn.Module) -> tuple[dic
     spec = program.spec
     model = LanguageModel(module) if spec.tokens else NNsight(module)
     inputs = [spec.inputs(i.seed, i.rows, i.length) for i in program.inputs]
-    if program.warm:
-        with model.trace(*spec.inputs(99, 2, 2)):
-            pass
+    _warm_up(model, program)
     log: dict[Any, Any] = {}
     filename = "<program>"
     linecache.cache[filename] = (len(source), None, source.splitlines(keepends=True), filename)
@@ -49,6 +47,19 @@ def execute(program: Program, source: str, module: torch.nn.Module) -> tuple[dic
         del linecache.cache[filename]
     names = space["names"] if program.in_function else {n: v for n, v in space.items() if re.fullmatch(r"v\d", n)}
     return log, names
+
+
+def _warm_up(model: NNsight, program: Program) -> None:
+    spec = program.spec
+    if program.warm == "single":
+        with model.trace(*spec.inputs(98, 2, 2)):
+            pass
+    elif program.warm == "batch":
+        with model.trace() as tracer:
+            with tracer.invoke(*spec.inputs(98, 1, 3)):
+                model.output
+            with tracer.invoke(*spec.inputs(99, 2, 2 if spec.tokens else 3)):
+                pass
 
 
 def _indent(lines: list[str]) -> list[str]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import os
 import warnings
 from typing import Any
@@ -57,9 +58,9 @@ def test_programs(family):
 def check(program: Program) -> None:
     source = source_of(program)
     sizes = ", ".join(f"{i.rows} x {i.length}" for i in program.inputs)
-    note(f"\n# {program.model}{', warm' * program.warm}; inputs of {sizes}\n{source}")
-    module = program.spec.build()
-    reference, expected_grads = with_parameter_gradients(module, lambda: Reference(program).run())
+    note(f"\n# {program.model}{program.warm and f', used for a {program.warm} trace before'}; inputs of {sizes}\n{source}")
+    module = copy.deepcopy(program.spec.build())
+    reference, expected_grads = with_parameter_gradients(module, lambda: Reference(program, module).run())
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")
         try:

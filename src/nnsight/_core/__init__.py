@@ -35,3 +35,4 @@ from ._visit import Place as Place
 from ._visit import Visit as Visit
 from ._worker import Worker as Worker
 from ._worker import active as active
+from ._worker import find_worker as find_worker

@@ -13,12 +13,16 @@ from ._frames import Line, describe_line, user_line
 from ._tensors import Snapshot, has_changed, snapshot, tensors_in
 
 if TYPE_CHECKING:
+    from ._instrument import Instruments
     from ._run import Call
     from ._visit import Visit
 
 
 class Edit(NamedTuple):
-    """The value one visit left with, and the versions its tensors had then; `skipped` says that it stands for a call."""
+    """The value one visit left with, and the versions its tensors had then.
+
+    `skipped` says that the value stands for the call.
+    """
 
     value: Any
     versions: Snapshot
@@ -66,6 +70,8 @@ class Edits:
         self._fresh: list[torch.Tensor] = []  # tensors given since the last check, which may have been dropped
         self._untracked = False
         self._inputs: Snapshot = []
+        self._instruments: Instruments | None = None
+        self._parameter_versions = 0
         self._reads: list[tuple[weakref.ref[torch.Tensor], int, str]] = []
         self._lines: list[tuple[CodeType, int, str]] = []
 
@@ -77,6 +83,11 @@ class Edits:
             inputs = snapshot((call.args, call.kwargs))
             self._untracked = inputs is None
             self._inputs = inputs or []
+
+    def note_parameters(self, instruments: Instruments) -> None:
+        """Remember the state of the parameters, before a block can change them."""
+        self._instruments = instruments
+        self._parameter_versions = instruments.parameter_versions()
 
     def give(self, visit: Visit, value: Any, path: str) -> None:
         """A block is given `value` at `visit`."""
@@ -133,6 +144,8 @@ class Edits:
             return "under inference mode PyTorch does not record which values were changed"
         if any(tensor._version != version for tensor, version in self._inputs):
             return "an input tensor was changed in place since the forward started"
+        if self._instruments and self._instruments.parameter_versions() != self._parameter_versions:
+            return "a parameter of the model was changed since the forward started"
         for edit in self.by_visit.values():
             if has_changed(edit.value, edit.versions):
                 return "an edited value was changed in place since"
@@ -155,7 +168,9 @@ class Edits:
         copies = [tensor for tensor in tensors_in(shown) if tensor.untyped_storage()._cdata not in shared]
         line = describe_line(user_line()) if copies else ""
         self.late_reads += [
-            Copied(weakref.ref(tensor), tensor._version, path, line) for tensor in copies if not tensor.is_inference()
+            Copied(weakref.ref(tensor), tensor._version, path, line)
+            for tensor in copies
+            if not tensor.is_inference()
         ]
         self._fresh += copies
 

@@ -8,12 +8,15 @@ instrumented before the model starts; a leaf is instrumented when it is asked fo
 from __future__ import annotations
 
 import functools
+import sys
 import threading
 import weakref
 from collections.abc import Callable, Iterable
 from typing import TYPE_CHECKING, Any
 
+import torch
 from greenlet import getcurrent
+from torch.jit import ScriptModule
 from torch.nn import Module
 
 from ._coroutine import Coroutine
@@ -23,6 +26,9 @@ if TYPE_CHECKING:
 
 Forward = Callable[..., Any]
 
+_COMPILER = "torch._dynamo.eval_frame"
+_COMPILED = "_compiled_call_impl"
+
 _lock = threading.Lock()
 _registry: weakref.WeakValueDictionary[int, Instruments] = weakref.WeakValueDictionary()
 _borrowed: dict[int, int] = {}  # id(module) -> how many other trees rely on its replacement
@@ -31,6 +37,10 @@ _orphans: dict[int, tuple[Module, Forward | None]] = {}  # left in place for tho
 
 def make_replacement(module: Module, previous: Forward | None) -> Forward:
     """The function that stands for `module.forward`; `previous` is an instance's own forward, if it had one."""
+    if previous is None and isinstance(module, ScriptModule):
+        previous = _scripted_forward(module)
+    elif _COMPILER in sys.modules and isinstance(module, sys.modules[_COMPILER].OptimizedModule):
+        previous = module._orig_mod.__call__  # what it compiles: see `Instruments._stop_compiled_calls`
 
     def forward(*args: Any, **kwargs: Any) -> Any:
         current = getcurrent()
@@ -43,7 +53,15 @@ def make_replacement(module: Module, previous: Forward | None) -> Forward:
         return plain(*args, **kwargs)
 
     # Models look at the signature of `self.forward` to decide what to pass (`generate` of transformers does).
-    return functools.update_wrapper(forward, previous or type(module).forward.__get__(module))
+    return functools.update_wrapper(forward, previous or type(module).forward.__get__(module), updated=())
+
+
+def _scripted_forward(module: Module) -> Forward:
+    kept = vars(module).get("forward")
+    forward = module.__getattr__("forward")  # leaves itself with the instance
+    if kept is None:
+        vars(module).pop("forward", None)
+    return forward  # type: ignore[return-value]
 
 
 _REPLACEMENT_CODE = make_replacement(Module(), None).__code__
@@ -59,6 +77,8 @@ def plain_forward(module: Module) -> Forward:
     while _is_ours(own):
         cells = dict(zip(_REPLACEMENT_CODE.co_freevars, getattr(own, "__closure__", ()), strict=True))
         own = cells["previous"].cell_contents
+    if own is None and isinstance(module, ScriptModule):
+        return _scripted_forward(module)
     return type(module).forward.__get__(module) if own is None else own
 
 
@@ -76,7 +96,8 @@ class Container:
 
 
 def _never_called(module: Module) -> bool:
-    return type(module).forward is Module.forward
+    forward = getattr(type(module), "forward", None)  # a scripted module has none at its class
+    return forward is Module.forward and "forward" not in vars(module)
 
 
 class Instruments:
@@ -89,10 +110,13 @@ class Instruments:
         self._always: list[Container] = []
         self._replaced: dict[Module, tuple[Forward, Forward | None]] = {}
         self._leaves: dict[Module, Forward] = {}
+        self._compiled: list[tuple[dict[str, Any], Any]] = []
         self._parents: dict[Module, Module | None] = {}
         self._eager: set[Module] = set()
         self._shared: frozenset[Module] | None = None
+        self._parameters: list[weakref.ref[torch.Tensor]] = []
         self.profile: dict[Module, int] | None = None
+        self.first_calls: dict[Module, int] = {}
         self.layouts: Layouts | None = None
 
     @classmethod
@@ -118,6 +142,8 @@ class Instruments:
                     self._replace_own(container.module)
                 else:
                     slots["forward"] = container.replacement
+            if _COMPILER in sys.modules:
+                self._stop_compiled_calls(container.slots for container in self._always)
 
     def remove(self) -> None:
         """Put everything back once the last concurrent run of this tree is over."""
@@ -125,11 +151,21 @@ class Instruments:
             self._users -= 1
             if self._users:
                 return
+            while self._compiled:
+                slots, compiled = self._compiled.pop()
+                if slots.get(_COMPILED) is None:
+                    slots[_COMPILED] = compiled
             if _borrowed:
                 self._remove_carefully()
                 return
-            for module, (_, previous) in self._replaced.items():
-                _put_back(module, previous)
+            for module, (replacement, previous) in self._replaced.items():
+                slots = vars(module)
+                if slots.get("forward") is not replacement:
+                    continue  # the block put another one in its place
+                if previous is None:
+                    del slots["forward"]
+                else:
+                    slots["forward"] = previous
             self._replaced = {}
             for container in self._always:
                 if container.slots.get("forward") is container.replacement:
@@ -140,6 +176,8 @@ class Instruments:
         if module in self._eager:
             return True
         slots = vars(module)
+        if _COMPILED in slots:
+            self._stop_compiled_calls((slots,))
         if "forward" not in slots and not _borrowed:
             known = self._leaves.get(module)
             if known is None:
@@ -172,9 +210,30 @@ class Instruments:
             self._shared = frozenset(inner for module in twice for inner in module.modules())
         return self._shared
 
+    def parameter_versions(self) -> int:
+        """A number that another one follows once a parameter is changed in place."""
+        try:
+            return sum([parameter()._version for parameter in self._parameters])  # type: ignore[union-attr]
+        except AttributeError:  # one was exchanged, and is gone
+            self._parameters = _find_parameters(self.root)
+        return sum([found._version for known in self._parameters if (found := known()) is not None])
+
+    def keep_profile(self, counts: dict[Any, int]) -> None:
+        """`counts` tells how often each module is called in a forward, in the order of first calls."""
+        self.profile = counts
+        self.first_calls = {place: i for i, place in enumerate(counts)}
+
     def modules(self) -> Iterable[Module]:
         """Every module of the tree once."""
         return self.root.modules()
+
+    def _stop_compiled_calls(self, modules: Iterable[dict[str, Any]]) -> None:
+        # The compiler would take a replacement apart, and could not pause: during a run compiled modules run eagerly.
+        for slots in modules:
+            compiled = slots.get(_COMPILED)
+            if compiled is not None:
+                self._compiled.append((slots, compiled))
+                slots[_COMPILED] = None
 
     def _stale(self) -> bool:
         containers = self._containers
@@ -187,6 +246,7 @@ class Instruments:
         self._always += [Container(m) for m in self._eager - here]
         self._parents = {}
         self._shared = None
+        self._parameters = _find_parameters(self.root)
 
     def _replace_own(self, module: Module) -> None:
         current = vars(module).get("forward")
@@ -232,10 +292,16 @@ def _return_borrowed(module: Module) -> None:
 
 
 def _put_back(module: Module, previous: Forward | None) -> None:
+    if not _is_ours(vars(module).get("forward")):
+        return  # somebody put another one in its place
     if previous is None:
         vars(module).pop("forward", None)
     else:
         vars(module)["forward"] = previous
+
+
+def _find_parameters(root: Module) -> list[weakref.ref[torch.Tensor]]:
+    return [weakref.ref(parameter) for parameter in root.parameters() if not parameter.is_inference()]
 
 
 def _find_parents(root: Module) -> dict[Module, Module | None]:

@@ -25,7 +25,8 @@ def explain_late(run: Run, worker: Worker, request: Request, write: bool) -> Ord
         return _out_of_order(run, request, f"It had passed while {worker.label} waited for {names}.")
     if write:
         unseen = _unseen(run, request)
-        return _out_of_order(run, request, f"{unseen} makes it visible." if unseen else "It cannot be changed any more.")
+        reason = f"{unseen} makes it visible." if unseen else "It cannot be changed any more."
+        return _out_of_order(run, request, reason)
     if run.strict:
         return _out_of_order(run, request, "Strict order is on, so no second pass serves it.")
     obstacle = run.edits.obstacle()

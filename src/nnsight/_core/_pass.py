@@ -15,6 +15,8 @@ from ._sight import Sight
 from ._visit import INPUT, OUTPUT, RESULT, STEP, OperationPlace, Request, Visit
 
 if TYPE_CHECKING:
+    from torch.utils.hooks import RemovableHandle
+
     from ._instrument import Instruments
     from ._record import Recorder
 
@@ -35,6 +37,7 @@ class Pass:
         "_coroutine",
         "_counted",
         "_driver",
+        "_handles",
         "_instruments",
         "_lent_inference",
         "_missed",
@@ -88,6 +91,7 @@ class Pass:
         self.single = getattr(call, "function", None) is stepper  # there is one step
         self.recorders: dict[Any, list[Recorder]] = {}
         self.input_recorders: dict[Any, list[Recorder]] = {}
+        self._handles: list[RemovableHandle] = []
         self._step_counts: dict[Any, int] = {}
         self._counted: set[Module] = set()
         self._all_counted = self._lent_inference = False
@@ -138,6 +142,9 @@ class Pass:
                 switch_modes(body, self._modes)  # the model's own `with` blocks end here
             give_back(coroutine)
             switch_modes(capture_modes(), end_loan(body) if self._lent_inference else body)
+        while self._handles:
+            self._handles.pop().remove()
+        self.error = None
         self._call = self._serve = self._missed = _nothing
         self._begin = None
         self.here = self._driver = self.sight = self.awaited = None
@@ -192,6 +199,8 @@ class Pass:
         self._driver.switch()  # type: ignore[union-attr]
         self._serve(visit)
         self.here = None
+        for recorder in self.recorders.get(module, ()):
+            recorder.end(visit.value, args, kwargs, 0, self.step)
         return visit.value
 
     def touch(self, place: Any, value: Any) -> Any:
@@ -227,6 +236,7 @@ class Pass:
             if getcurrent() is not self._coroutine:
                 return None
             handle.remove()
+            self._handles.remove(handle)
             if module in self.wanted_outputs:
                 result = self._visit(module, OUTPUT, result, index, (args, kwargs)).value
             if module in self.guards:
@@ -236,6 +246,7 @@ class Pass:
             return result
 
         handle = module.register_forward_hook(last)
+        self._handles.append(handle)  # a hook of the user's that raises keeps it from being called
 
     def _visit(self, place: Any, kind: str, value: Any, index: int, inputs: Any = None) -> Visit:
         step, outer = self.step, self.here
@@ -317,7 +328,7 @@ class Pass:
             return
         # A leaf that is always called once in a call of its parent: the parent's count tells its own.
         running = self.running.count(parent)
-        if running:
+        if running and not self._is_past(parent, module):
             count -= running
             self.guard(parent, module)
         if count:
@@ -327,6 +338,18 @@ class Pass:
     def _is_shown(self, module: Module) -> bool:
         """Whether the module is never called, but shown by the override of the module around it."""
         return bool(self._overrides) and self._instruments.parent(module) in self._overrides
+
+    def _is_past(self, parent: Module, leaf: Module) -> bool:
+        # In the running call of `parent`: whether what runs there now used to come after the leaf.
+        running, here = self.running, self.here
+        if running[-1] is not parent:
+            now = running[len(running) - running[::-1].index(parent)]
+        elif here is not None:
+            now = here.place
+        else:
+            return False
+        first_calls = self._instruments.first_calls
+        return first_calls.get(leaf, len(first_calls)) < first_calls.get(now, 0)
 
     def guard(self, parent: Module, place: Any) -> None:
         """When a call of `parent` is over, see to it that `place`, called in it, counts as passed."""
@@ -391,7 +414,7 @@ class Pass:
     def _learned(self) -> None:
         self.learning = False
         counts: dict[Any, int] = dict(self.counts)
-        self._instruments.profile = counts
+        self._instruments.keep_profile(counts)
         if self.step > 0:
             counts[self._stepper] -= 1  # the step that begins now
         parent = self._instruments.parent

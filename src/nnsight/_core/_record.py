@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from typing import Any, Protocol
+from collections.abc import Iterable, Mapping
+from typing import TYPE_CHECKING, Any, Protocol
+
+if TYPE_CHECKING:
+    from ._pass import Pass
 
 
 class Recorder(Protocol):
@@ -39,3 +42,49 @@ class Recording(Protocol):
     def close(self) -> None:
         """The run is over: let go of it."""
         ...
+
+
+class Recordings:
+    """Those of one run; also before its forward can start."""
+
+    def __init__(self) -> None:
+        self._ends: dict[Any, list[Recorder]] = {}
+        self._begins: dict[Any, list[Recorder]] = {}
+        self._all: list[Recording] = []
+        self._pass: Pass | None = None
+
+    def __bool__(self) -> bool:
+        return bool(self._all)
+
+    def add(self, recording: Recording) -> None:
+        """Tell these recorders about every call of their places from now on."""
+        self._all.append(recording)
+        for place, recorder in recording.recorders.items():
+            self._ends.setdefault(place, []).append(recorder)
+            if recording.takes_inputs:
+                self._begins.setdefault(place, []).append(recorder)
+        self._watch(recording.recorders)
+
+    def attach(self, main: Pass) -> None:
+        """Record what happens in this pass."""
+        self._pass = main
+        main.recorders, main.input_recorders = self._ends, self._begins
+        self._watch(self._ends)
+
+    def _watch(self, places: Iterable[Any]) -> None:
+        for place in places:
+            if self._pass is not None and not place._modules:
+                self._pass.watch(place)
+
+    def finish(self) -> None:
+        """The run went well."""
+        for recording in self._all:
+            recording.finish()
+
+    def close(self) -> None:
+        """The run is over."""
+        for recording in self._all:
+            recording.close()
+        self._pass = None
+        for held in (self._all, self._ends, self._begins):
+            held.clear()

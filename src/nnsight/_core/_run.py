@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Iterable
+from collections.abc import Callable, Collection
 from types import FrameType
 from typing import Any
 
@@ -19,9 +19,9 @@ from ._layouts import Layouts, Probe
 from ._modes import capture_modes
 from ._order import explain_late
 from ._pass import Override, Pass
-from ._record import Recorder, Recording
+from ._record import Recording, Recordings
 from ._replay import Replay
-from ._rows import Layout, take
+from ._rows import SKIPPED_ROWS, Layout, take
 from ._scoped import Scoped
 from ._tensors import map_tensors, tensors_in
 from ._tuples import as_native
@@ -83,10 +83,8 @@ class Run:
         self.over = False
         self.lone = True
         self.saved: list[Any] = []
-        self.recorders: dict[Any, list[Recorder]] = {}
-        self.input_recorders: dict[Any, list[Recorder]] = {}
+        self.recordings = Recordings()
         self.layouts: Layouts | None = None
-        self._recordings: list[Recording] = []
         self._prepare: Callable[[], Call] | None = prepare
         self._stopped = False
         self._failure: BaseException | None = None
@@ -115,15 +113,16 @@ class Run:
                 self._missed,
                 self._begin,
             )
+            if call.repeatable and not self.strict:
+                self.edits.note_parameters(self.instruments)
             if self.instruments.profile is None or call.fake:
                 self.main.learn(keep=not call.fake)
-            self.main.recorders, self.main.input_recorders = self.recorders, self.input_recorders
-            self._watch_recorded(self.recorders)
+            self.recordings.attach(self.main)
         return self.main
 
     def finish(self) -> None:
         """Run the model to its end, with every block that still waits for it."""
-        if self.main is None and not self.recorders and all(w.coroutine is None for w in self.workers):
+        if self.main is None and not self.recordings and all(w.coroutine is None for w in self.workers):
             if not self._stopped:
                 self._make_call()()
             return
@@ -133,8 +132,7 @@ class Run:
             self._raise_failure(main)
         self._settle(main)
         self.edits.check_late_reads()
-        for recording in self._recordings:
-            recording.finish()
+        self.recordings.finish()
 
     def close(self) -> None:
         """Unwind what still stands, put the modules back, and let go of every value."""
@@ -150,10 +148,7 @@ class Run:
             self.main.close()
             self.instruments.remove()
             self.main = None
-        for recording in self._recordings:
-            recording.close()
-        self._recordings.clear()
-        self.recorders.clear()
+        self.recordings.close()
         self.call = self._prepare = self._failure = None
         self.overrides.clear()
         self.edits.clear()
@@ -239,9 +234,9 @@ class Run:
 
     def skip(self, worker: Worker, place: Any, path: str, value: Any) -> None:
         """Let `value` stand for the call that is about to happen at a place."""
-        if worker.rows is not None:
-            raise RowsError(_SKIPPED_ROWS.format(path=path))
         visit = self.reach(worker, place, INPUT, path, write=True)
+        if worker.rows is not None:
+            raise RowsError(SKIPPED_ROWS.format(path=path))
         visit.skipped = (as_native(value),)
         visit.written = True
         self.edits.note_write(f"{path} (skipped)", user_frame())
@@ -269,24 +264,13 @@ class Run:
     def record(self, recording: Recording) -> None:
         """Tell recorders about every call of their places from now on."""
         self.lone = False
-        self._recordings.append(recording)
-        for place, recorder in recording.recorders.items():
-            self.recorders.setdefault(place, []).append(recorder)
-            if recording.takes_inputs:
-                self.input_recorders.setdefault(place, []).append(recorder)
-        self._watch_recorded(recording.recorders)
+        self.recordings.add(recording)
 
     def part(self, worker: Worker, place: Any, kind: str, value: Any, index: int, path: str) -> Any:
         """The rows of `worker` in a value of the call number `index` of a place."""
         assert self.main is not None
         visit = Visit(place, kind, value, index, max(self.main.step, 0), self.main.call_in_step(place, index))
         return take(value, self._layout(visit, kind, value), worker.rows, path)
-
-    def _watch_recorded(self, places: Iterable[Any]) -> None:
-        if self.main is not None:
-            for place in places:
-                if not place._modules:
-                    self.main.watch(place)
 
     def fail(self, error: BaseException) -> None:
         """Called by a deferred worker whose code raised: the run ends with this error."""
@@ -449,8 +433,3 @@ class Run:
         worker.resume()
         if self._failure is not None or self._is_stopped():
             self.main.pause()  # type: ignore[union-attr]
-
-
-_SKIPPED_ROWS = """\
-{path} cannot be skipped for the rows of one invoke alone: the others need its call. Skip it in tracer.invoke() without \
-input, for the whole batch, assign to its .output here, or trace this input alone."""

@@ -78,4 +78,7 @@ def as_native(value: Any) -> Any:
         return rebuild(value.native, [as_native(item) for item in value._items])
     if type(value) in (tuple, list):
         return type(value)(as_native(item) for item in value)
-    return value
+    if type(value) is dict:
+        return {key: as_native(item) for key, item in value.items()}
+    shown = getattr(type(value), "_as_native", None)  # a value shown in another form than the model's
+    return value if shown is None else shown(value)

@@ -2,8 +2,12 @@
 
 from __future__ import annotations
 
+import contextlib
+import inspect
+import sys
 from collections.abc import Callable
 from contextvars import ContextVar
+from types import FrameType
 from typing import TYPE_CHECKING, Any
 
 from greenlet import GreenletExit
@@ -12,10 +16,55 @@ from ._coroutine import Coroutine
 from ._visit import Request, Visit
 
 if TYPE_CHECKING:
+    from ._instrument import Instruments
     from ._run import Run
 
 _new = tuple.__new__  # a named tuple's own constructor costs three times as much
+_CAN_SUSPEND = inspect.CO_GENERATOR | inspect.CO_COROUTINE | inspect.CO_ASYNC_GENERATOR
+_ENTERING = ("__enter__", "__aenter__")
+_CONTEXTLIB = contextlib.contextmanager.__code__.co_filename
+
 active: ContextVar[Worker | None] = ContextVar("nnsight_worker", default=None)
+
+
+def find_worker(instruments: Instruments | None = None) -> Worker | None:
+    """The block that the current code belongs to, of a run of this tree if one is given."""
+    worker, candidates = active.get(), []
+    while worker is not None:
+        if not worker.finished and (instruments is None or worker.run.instruments is instruments):
+            candidates.append(worker)
+        worker = worker.outer
+    return candidates[0] if len(candidates) == 1 else _nearest(candidates)
+
+
+def _nearest(candidates: list[Worker]) -> Worker | None:
+    # Generators share the context of their caller: whose `with` block is on the stack tells them apart.
+    stack: list[FrameType] = []
+    frame: FrameType | None = sys._getframe(2)
+    while frame is not None:
+        stack.append(frame)
+        frame = frame.f_back
+    for worker in candidates:
+        if worker.frame in stack:
+            return min((w for w in candidates if w.frame in stack), key=lambda w: stack.index(w.frame))
+        if worker.frame is None or not worker.frame.f_code.co_flags & _CAN_SUSPEND:
+            return worker  # entered by a call, not by a `with` statement
+    return candidates[0] if candidates else None
+
+
+def _frame_of_body(frame: FrameType) -> FrameType:
+    # Where a context manager enters a trace, the block is that of its user.
+    user: FrameType | None = frame
+    while user is not None and _enters_for_another(user):
+        user = user.f_back
+    return user or frame
+
+
+def _enters_for_another(frame: FrameType) -> bool:
+    code, outer = frame.f_code, frame.f_back
+    if code.co_flags & (inspect.CO_GENERATOR | inspect.CO_ASYNC_GENERATOR):
+        return outer is not None and outer.f_code.co_filename == _CONTEXTLIB
+    return code.co_filename == _CONTEXTLIB or code.co_name in _ENTERING
 
 
 class Worker:
@@ -23,7 +72,8 @@ class Worker:
 
     The user's own frame is a worker without a coroutine of its own; a deferred block has one.  `step` is the
     generation step its requests are about (None: each place's first visit), `calls` the places of which it
-    wants a later call than the first, `rows` the rows of the batch it may see (None: all).
+    wants a later call than the first, `rows` the rows of the batch it may see (None: all).  `instruments` are those
+    of its run while it is the only one that is active here, else None; `frame` is where its `with` statement stands.
     """
 
     __slots__ = (
@@ -32,6 +82,7 @@ class Worker:
         "condition",
         "coroutine",
         "finished",
+        "frame",
         "instruments",
         "label",
         "outer",
@@ -41,12 +92,13 @@ class Worker:
         "served",
         "step",
         "stopped",
+        "tracer",
         "waited",
     )
 
     def __init__(self, run: Run, label: str, rows: Any = None) -> None:
         self.run: Run = run
-        self.instruments = run.instruments
+        self.instruments: Instruments | None = run.instruments
         self.label = label
         self.rows = rows
         self.step: int | None = None
@@ -56,9 +108,11 @@ class Worker:
         self.served: Visit | None = None
         self.finished = False
         self.stopped = False
+        self.tracer: Any = None
         self.waited: list[str] = []
         self.coroutine: Coroutine | None = None
         self.outer: Worker | None = None
+        self.frame: FrameType | None = None
 
     def request_for(self, place: Any, kind: str, path: str) -> Request:
         """What this worker asks for when its code names a place."""
@@ -75,15 +129,31 @@ class Worker:
 
     # --- the user's own frame ----------------------------------------------------------------------------
 
-    def enter(self) -> None:
-        """Make this the worker that the current code belongs to."""
-        self.outer = active.get()
+    def enter(self, frame: FrameType) -> None:
+        """Make this the worker that the code of `frame`, and what that calls, belongs to."""
+        code = frame.f_code
+        if code.co_flags & _CAN_SUSPEND or code.co_filename == _CONTEXTLIB or code.co_name in _ENTERING:
+            frame = _frame_of_body(frame)
+        self.frame = frame
+        self.outer = outer = active.get()
+        if outer is not None:
+            self.instruments = outer.instruments = None
         active.set(self)
 
     def leave(self) -> None:
-        """Undo `enter`."""
-        active.set(self.outer)
-        self.outer = None
+        """Undo `enter`; workers may end in any order."""
+        self.frame = self.instruments = None
+        worker = active.get()
+        if worker is self:
+            active.set(self.outer)
+        else:
+            while worker is not None and worker.outer is not self:
+                worker = worker.outer
+            if worker is not None:
+                worker.outer = self.outer
+        last = active.get()
+        if last is not None and last.outer is None and not last.finished:
+            last.instruments = last.run.instruments
 
     # --- a deferred block --------------------------------------------------------------------------------
 

@@ -59,6 +59,8 @@ class Envoy(Values):
             return self._walk(path)
         except UnknownPathError:
             prefix = self._path + "."
+            if path == self._path:
+                return self
             if path.startswith(prefix):
                 return self._walk(path[len(prefix) :])
             raise
@@ -81,11 +83,17 @@ class Envoy(Values):
 
     def children(self) -> Iterator[Envoy]:
         """The envoys of the direct submodules."""
-        for name in self._module._modules:
+        for name in self._names():
             yield self[name]
 
+    def _names(self) -> list[str]:
+        return [name for name, module in self._module._modules.items() if module is not None]
+
     def _child(self, name: str) -> Envoy | None:
-        module = self._module._modules.get(name)
+        try:
+            module = self._module._modules[name]
+        except KeyError:
+            return None
         if module is None:
             return None
         known = self._children.get(name)
@@ -97,7 +105,9 @@ class Envoy(Values):
 
     def _renamed(self, name: str) -> Envoy | None:
         aliases = self._tree.aliases
-        path = aliases and aliases.find(self._module._modules, name, self._module is self._tree.root)
+        if aliases is None:
+            return None
+        path = aliases.find(self._module._modules, name, self._module is self._tree.root)
         return self._walk(path) if path else None
 
     def __getattr__(self, name: str) -> Any:
@@ -128,17 +138,17 @@ class Envoy(Values):
     @overload
     def __getitem__(self, index: slice) -> list[Envoy]: ...
     def __getitem__(self, index: int | str | slice) -> Envoy | list[Envoy]:
-        names = self._module._modules
         if isinstance(index, slice):
-            return [self[name] for name in list(names)[index]]
+            return [self[name] for name in self._names()[index]]
         if isinstance(index, int):
-            known = self._indexed.get(index)
-            if known is not None and names.get(known[0]) is known[1]._module:
+            modules, known = self._module._modules, self._indexed.get(index)
+            if known is not None and known[0] in modules and modules[known[0]] is known[1]._module:
                 return known[1]
+            names = self._names()
             position = index + len(names) if index < 0 else index
             child = self._child(str(position))
             if child is None and 0 <= position < len(names):
-                child = self._child(list(names)[position])
+                child = self._child(names[position])
             if child is None:
                 raise IndexError(f"{self._path} has {len(names)} submodules; there is none at index {index}.")
             if index >= 0:
@@ -146,11 +156,11 @@ class Envoy(Values):
             return child
         child = self._child(index) or self._renamed(index)
         if child is None:
-            raise unknown(self, index, (*names, *self._aliases()))
+            raise unknown(self, index, self._aliases())
         return child
 
     def __len__(self) -> int:
-        return len(self._module._modules)
+        return len(self._names())
 
     def __bool__(self) -> bool:
         return True
@@ -178,17 +188,17 @@ class Envoy(Values):
         """Stand for `module` from now on, and let the envoys below follow."""
         self._module = self._place = module
         self._indexed.clear()
+        below = dict(module._modules.items())
         for name, child in self._children.items():
-            below = module._modules.get(name)
-            if below is not None:
-                child._rebind(below)
+            if below.get(name) is not None:
+                child._rebind(below[name])
 
     @property
     def source(self) -> Source:
         """The operations inside the module's forward; printing it shows the code with their names.
 
-        In a trace, asking for it makes the module's operations visible from its next call on, in this trace only.
-        The module itself is not changed.
+        In a trace, asking for it makes the module's operations visible from its next call on, in this trace
+        only.  The module itself is not changed.
 
         Example:
             >>> import torch

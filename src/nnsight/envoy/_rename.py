@@ -11,7 +11,7 @@ from nnsight.errors import InputError, UnknownPathError
 
 
 class Aliases:
-    """`rename={"transformer.h": "layers", "attn": "attention"}`, checked against the modules of a model.
+    """`rename={"transformer.h": "layers", "attn": "attention"}`, checked against a model's modules.
 
     A dotted key is a path from the root, and its new name is found at the root; a single name is renamed
     wherever it stands.

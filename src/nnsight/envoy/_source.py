@@ -89,7 +89,7 @@ class Operation(Values):
 
     @property
     def _place(self) -> OperationPlace:
-        return self._tree.place(self._source._owner._place, self._name)
+        return self._tree.places.of(self._source._owner._place, self._name)
 
     @property
     def source(self) -> Source:
@@ -110,41 +110,43 @@ class Operation(Values):
         worker = tree.find_worker()
         callee = callee_of(self._source._callee, self._name)
         if callee is None and worker is not None:
-            callee = self._meet(worker, tree)
+            callee = self._meet(worker, tree.places)
         if callee is None:
             raise SourceError(_UNKNOWN_CALLEE.format(path=self._path))
         if isinstance(callee, Module):
             raise SourceError(_CALLS_MODULE.format(path=self._path, module=_path_of(tree.root, callee)))
         source = Source(analyse(callee), self, callee)
         if worker is not None:
-            tree.open(worker, self._place)
+            tree.places.open(worker, self._place)
         return source
 
-    def _meet(self, worker: Worker, tree: Operations) -> Any:
+    def _meet(self, worker: Worker, places: Places) -> Any:
         """Wait until the function is about to be called."""
         place = self._place
-        tree.prepare(worker, place, self._path)
+        places(worker, place, self._path)
         worker.run.reach(worker, place, INPUT, self._path)
-        return tree.open(worker, place.owner).callees.get(place)
+        return places.open(worker, place.owner).callees.get(place)
 
     def __repr__(self) -> str:
         return self._source._function.render(self._name)
 
 
-class Operations(Tree):
-    """The operations of a tree's modules: their places, and how their values are read and written."""
+class Places:
+    """The places of one tree's operations; called before each request, it makes them visible in the run."""
 
-    def __init__(self, root: Module) -> None:
-        super().__init__(root)
-        self.before_request = self.prepare
-        self._places: dict[tuple[Any, str], OperationPlace] = {}
+    def __init__(self) -> None:
+        self._known: dict[tuple[Any, str], OperationPlace] = {}
 
-    def place(self, owner: Module | OperationPlace, name: str) -> OperationPlace:
+    def __call__(self, worker: Worker, place: Any, _path: str) -> None:
+        self.open(worker, place.owner)
+        worker.run.start().see().watch(place)
+
+    def of(self, owner: Module | OperationPlace, name: str) -> OperationPlace:
         """The place of operation `name` in the function of `owner`, the same every time."""
-        known = self._places.get((owner, name))
+        known = self._known.get((owner, name))
         if known is None:
             module = owner if isinstance(owner, Module) else owner.module
-            known = self._places[owner, name] = OperationPlace(name, owner, module)
+            known = self._known[owner, name] = OperationPlace(name, owner, module)
         return known
 
     def open(self, worker: Worker, owner: Module | OperationPlace) -> Interception:
@@ -155,13 +157,16 @@ class Operations(Tree):
             interception = self.open(worker, owner.owner).inside(owner.name)
         if interception.place_of is None:
             interception.owner = owner
-            interception.place_of = partial(self.place, owner)
+            interception.place_of = partial(self.of, owner)
         return interception
 
-    def prepare(self, worker: Worker, place: Any, _path: str) -> None:
-        """Called before each request of an operation."""
-        self.open(worker, place.owner)
-        worker.run.start().see().watch(place)
+
+class Operations(Tree):
+    """The operations of a tree's modules: their values are shown as they are."""
+
+    def __init__(self, root: Module) -> None:
+        super().__init__(root)
+        self.places = self.before_request = Places()
 
 
 def operations_of(tree: Tree) -> Operations:
@@ -184,7 +189,7 @@ def source_of(envoy: Envoy) -> Source:
     tree = operations_of(envoy._tree)
     worker = tree.find_worker()
     if worker is not None:
-        tree.open(worker, module)
+        tree.places.open(worker, module)
     return source
 
 

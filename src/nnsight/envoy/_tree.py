@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 from torch.nn import Module
 
-from .._core import OUTPUT, Instruments, Visit, Worker, active, as_assignable
+from .._core import OUTPUT, Instruments, Visit, Worker, active, as_assignable, find_worker
 from ..errors import EditError, NotTracingError, UnknownPathError
 from ._classes import Classes
 from ._rename import Aliases
@@ -53,9 +53,9 @@ class Tree:
     def find_worker(self) -> Worker | None:
         """The block of a trace of this model that the current code belongs to."""
         worker = active.get()
-        while worker is not None and worker.run.instruments is not self.instruments:
-            worker = worker.outer
-        return worker
+        if worker is None or worker.instruments is self.instruments:
+            return worker
+        return find_worker(self.instruments)
 
     def worker(self, path: str, kind: str) -> Worker:
         """As `find_worker`, or an error that says what to write."""

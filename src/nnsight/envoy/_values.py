@@ -83,8 +83,8 @@ class Values:
     def skip(self, value: Any) -> None:
         """Do not run it: let `value` be what it returns.
 
-        Nothing inside it runs either, so asking for a value there is a `NeverRanError`.  For a block of a Hugging
-        Face model `value` is the hidden states, or a tuple with them in front, whichever the block returns.
+        Nothing inside it runs either, so asking for a value there is a `NeverRanError`.  For a block of a
+        Hugging Face model `value` is the hidden states, or a tuple that begins with them.
 
         Example:
             >>> import torch

@@ -19,8 +19,7 @@ def join_inputs(givens: Sequence[Given]) -> tuple[tuple[Any, ...], dict[str, Any
         InputError: The inputs do not have one form, or have no rows.
     """
     if len(givens) == 1:
-        tensors = tensors_in(tuple(givens[0]))
-        return (*givens[0], [tensors[0].shape[0] if tensors and tensors[0].dim() else 1])
+        return (*givens[0], [1])  # alone, an input is never told from others
     sizes = [_rows_of(given) for given in givens]
     args, kwargs = _join([tuple(given) for given in givens])
     return args, kwargs, sizes

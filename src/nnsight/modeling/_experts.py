@@ -26,7 +26,9 @@ def gathered_experts(root: Module) -> dict[Module, Override]:
 
 
 def _runs_experts(module: Module) -> bool:
-    return hasattr(type(module), "_apply_gate") and hasattr(getattr(module, "config", None), "_experts_implementation")
+    return hasattr(type(module), "_apply_gate") and hasattr(
+        getattr(module, "config", None), "_experts_implementation"
+    )
 
 
 def _instead(forward: Callable[..., Any], module: Module) -> Override:

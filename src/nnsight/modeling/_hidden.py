@@ -97,6 +97,9 @@ class BlockOutput(torch.Tensor):
     def register_hook(self, hook: Any) -> Any:
         return self._held.register_hook(hook)
 
+    def _as_native(self) -> torch.Tensor:
+        return self._held
+
     def __reduce_ex__(self, protocol: SupportsIndex) -> Any:
         return self._held.__reduce_ex__(protocol)
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import inspect
 from collections.abc import Callable, Mapping
 from typing import Any
@@ -20,7 +21,7 @@ from ._hidden import returns_tuple, show_block_output, take_block_output
 from ._loading import Source
 from ._outputs import show_causal_output
 from ._pattern import PatternOnDemand
-from ._text import encode, given_values, make_batch, positions, split_options
+from ._text import encode, given_values, is_plain_ids, make_batch, positions, split_options
 
 
 class LanguageModel(NNsight):
@@ -203,6 +204,7 @@ class LanguageModel(NNsight):
         options, kwargs = split_options(kwargs, generating=True)
         batch, sizes = self._encode(givens, kwargs, options)
         batch.pop("position_ids", None)  # `generate` makes them from the mask
+        batch.setdefault("attention_mask", torch.ones_like(batch["input_ids"]))
         kwargs.setdefault("pad_token_id", self._pad_id())
         inputs = {**batch, **kwargs, "module": self._module}
         probe = self._probe_batch(batch, sizes)
@@ -217,6 +219,10 @@ class LanguageModel(NNsight):
             givens = [Given((named,), {})]
         if not givens:
             raise NoInputError(NO_INPUT)
+        if len(givens) == 1 and is_plain_ids(givens[0]):
+            ids = givens[0].args[0]
+            ids = ids.unsqueeze(0) if ids.dim() == 1 else ids
+            return {"input_ids": ids.to(self.device)}, [ids.shape[0]]
         encoded = [[encode(value, self._tokenizer_or_none(), options) for value in given_values(g)] for g in givens]
         sizes = [sum(len(e.rows) for e in group) for group in encoded]
         flat = [e for group in encoded for e in group]
@@ -289,9 +295,14 @@ class _Presenter:
 
 def is_block(module: Module) -> bool:
     """Whether `module` is a decoder or encoder block of a Hugging Face model."""
+    return _is_block_class(type(module))
+
+
+@functools.cache
+def _is_block_class(kind: type) -> bool:
     from transformers.modeling_layers import GradientCheckpointingLayer
 
-    return isinstance(module, GradientCheckpointingLayer)
+    return issubclass(kind, GradientCheckpointingLayer)
 
 
 def _accept(module: Module, current: Any, assigned: Any) -> Any:

@@ -64,6 +64,14 @@ def given_values(given: Given) -> tuple[Any, ...]:
     return (*given.args, given.kwargs) if given.kwargs else given.args
 
 
+def is_plain_ids(given: Given) -> bool:
+    """Whether an input is one tensor of token ids, which the model takes as it stands."""
+    if given.kwargs or len(given.args) != 1 or not isinstance(given.args[0], torch.Tensor):
+        return False
+    ids = given.args[0]
+    return not ids.is_floating_point() and ids.dim() in (1, 2) and ids.numel() > 0
+
+
 def make_batch(inputs: Sequence[Encoded], pad_id: int, *, pad_left: bool) -> dict[str, torch.Tensor]:
     """`input_ids` and `attention_mask` `[batch, seq]` of all rows, padded to the longest."""
     rows = [row for encoded in inputs for row in encoded.rows]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import weakref
 from collections.abc import Callable, MutableMapping
 from functools import partial
 from typing import Any
@@ -10,7 +11,7 @@ from torch.nn import Module
 
 from nnsight._core import current_pass
 
-from ._instrument import instrument
+from ._instrument import Dispatch, instrument
 from ._layers import Function, same
 
 Redirect = Callable[
@@ -48,7 +49,7 @@ class Interception:
             current.see().open(self.owner)
         if self._made is None or not same(self._made[0], plain):
             function = plain if self._previous is None else self._previous(plain)
-            self._made = plain, instrument(function, self._dispatch)
+            self._made = plain, instrument(function, _dispatch_to(self))
         return self._made[1]
 
     def _dispatch(self, name: str, function: Function, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
@@ -65,6 +66,17 @@ class Interception:
         if redirect is not None:
             _function, args, kwargs = redirect(_function, args, kwargs)
         return (_function if inside is None else inside(_function))(*args, **kwargs)
+
+
+def _dispatch_to(interception: Interception) -> Dispatch:
+    # Weakly: what an interception made must not keep it, and the values it saw, alive.
+    reference = weakref.ref(interception)
+
+    def dispatch(name: str, function: Function, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        found = reference()
+        return function(*args, **kwargs) if found is None else found._dispatch(name, function, args, kwargs)
+
+    return dispatch
 
 
 def intercept(overrides: MutableMapping[Any, Any], module: Module) -> Interception:

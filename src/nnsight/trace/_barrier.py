@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from .._core import active
+from .._core import find_worker
 from ..errors import NotTracingError
 
 
@@ -25,7 +25,7 @@ class Barrier:
         self._arrived = 0
 
     def __call__(self) -> None:
-        worker = active.get()
+        worker = find_worker()
         if worker is None:
             raise NotTracingError("A barrier is called by the blocks of a trace; no block is running here.")
         self._arrived += 1

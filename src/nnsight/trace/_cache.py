@@ -122,7 +122,9 @@ class CacheEntry:
         names = self._numbered()
         if not names:
             return self.calls[key]
-        return [self._child(name) for name in names[key]] if isinstance(key, slice) else self._child(names[key])
+        return (
+            [self._child(name) for name in names[key]] if isinstance(key, slice) else self._child(names[key])
+        )
 
     def __len__(self) -> int:
         return len(self._numbered() or self.calls)
@@ -143,7 +145,9 @@ class CacheEntry:
         calls = self.calls
         if not calls:
             return "nothing"
-        return calls[0].describe() if len(calls) == 1 else f"{len(calls)} calls, the first {calls[0].describe()}"
+        return (
+            calls[0].describe() if len(calls) == 1 else f"{len(calls)} calls, the first {calls[0].describe()}"
+        )
 
 
 class Cache:
@@ -235,11 +239,11 @@ def record_cache(run: Run, worker: Worker, tree: Tree, modules: Modules | None, 
 
 def _choose(root: Module, names: Names, modules: Modules | None) -> dict[str, Module]:
     paths = {module: path for path, module in root.named_modules(prefix=_ROOT)}
-    if modules is None:
-        chosen = list(paths)
-    else:
+    chosen: Iterable[Module] = paths
+    if modules is not None:
         given = [modules] if isinstance(modules, (str, Envoy, Module)) else modules
-        chosen = [found for module in given for found in _called(_find(root, names, paths, module))]
+        wanted = {found for module in given for found in _called(_find(root, names, paths, module))}
+        chosen = [module for module in paths if module in wanted]
     return {paths[module]: module for module in chosen if _is_called(module)}
 
 
@@ -249,7 +253,9 @@ def _find(root: Module, names: Names, paths: dict[Module, str], given: Envoy | M
     module = given._module if isinstance(given, Envoy) else given
     if module not in paths:
         what = given.path if isinstance(given, Envoy) else f"A {type(module).__name__}"
-        raise UnknownPathError(f"{what} is not a module of the model that is traced here, so it cannot be cached.")
+        raise UnknownPathError(
+            f"{what} is not a module of the model that is traced here, so it cannot be cached."
+        )
     return module
 
 

@@ -105,7 +105,12 @@ class Site:
         recording = self._recording
         if recording is None:
             return
-        if self._plain and type(result) is torch.Tensor and recording.worker.rows is None and not result.is_inference():
+        if (
+            self._plain
+            and type(result) is torch.Tensor
+            and recording.worker.rows is None
+            and not result.is_inference()
+        ):
             if self._detach and result.requires_grad:
                 result = result.detach()
             self._versions.append(result._version)
@@ -166,7 +171,9 @@ class Site:
 class CacheRecording:
     """The sites of one cache, and which tensors the model could still change."""
 
-    def __init__(self, run: Run, worker: Worker, tree: Tree, modules: Mapping[str, Module], keep: Keep) -> None:
+    def __init__(
+        self, run: Run, worker: Worker, tree: Tree, modules: Mapping[str, Module], keep: Keep
+    ) -> None:
         self.tree = tree
         self.worker = worker
         self.keep = keep
@@ -227,16 +234,22 @@ def describe(value: Any) -> str:
         return "{" + ", ".join(f"{key}: {describe(item)}" for key, item in value.items()) + "}"
     if isinstance(value, (tuple, list)):
         return "(" + ", ".join(describe(item) for item in value) + ("," if len(value) == 1 else "") + ")"
-    return repr(value) if value is None or isinstance(value, (bool, int, float, str)) else type(value).__name__
+    return (
+        repr(value) if value is None or isinstance(value, (bool, int, float, str)) else type(value).__name__
+    )
 
 
 def _kept(value: Any, path: str, what: str) -> Any:
     if value is _MISSING:
-        raise NeverRanError(f"The cache was not to keep {what} of {path}: ask for it with tracer.cache(include_{what}=True).")
+        raise NeverRanError(
+            f"The cache was not to keep {what} of {path}: ask for it with tracer.cache(include_{what}=True)."
+        )
     if isinstance(value, RowsError):
         raise value
     return value
 
 
 def _refuse(_: Any) -> None:
-    raise EditError("A cache is a record of what was: assign to the module's .output inside the trace instead.")
+    raise EditError(
+        "A cache is a record of what was: assign to the module's .output inside the trace instead."
+    )

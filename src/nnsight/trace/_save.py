@@ -8,7 +8,7 @@ from typing import Any, NamedTuple, TypeVar
 
 import torch
 
-from .._core import Run, active, tensors_in, user_frame
+from .._core import Run, active, find_worker, tensors_in, user_frame
 from ..errors import SavedValueChangedWarning
 
 T = TypeVar("T")
@@ -52,6 +52,8 @@ def save(value: T) -> T:
         `value` itself.
     """
     worker = active.get()
+    if worker is not None and worker.instruments is None:
+        worker = find_worker()
     if worker is not None:
         frame = user_frame()
         if frame is not None:

@@ -8,9 +8,7 @@ from collections.abc import Mapping
 from types import TracebackType
 from typing import Any
 
-from torch import Tensor
 from torch.nn import Module
-from torch._subclasses.fake_tensor import FakeTensor
 
 from .._core import Call, Fakes, Override, path_of
 from ._tracer import Tracer
@@ -19,40 +17,41 @@ _log = logging.getLogger("torch._subclasses.fake_tensor")
 
 
 class ScanTracer(Tracer):
-    """A trace in which every value is a fake tensor: shape, strides, dtype and device, no numbers.
-
-    `overrides` replace forwards whose shapes would depend on values.
-    """
+    """A trace in which every value of the model is a fake tensor: shape, strides, dtype and device, no numbers."""
 
     _overrides: Mapping[Module, Override] = {}
 
     def with_overrides(self, overrides: Mapping[Module, Override]) -> ScanTracer:
-        """Use these forwards in place of the modules' own."""
+        """Use these forwards in place of the modules' own, whose shapes depend on numbers."""
         self._overrides = overrides
         return self
 
     def __enter__(self) -> ScanTracer:
         super().__enter__()
-        assert self._run is not None
-        self._run.overrides.update(self._overrides)
+        run = self._run
+        assert run is not None
+        run.overrides.update(self._overrides)
+        self._fakes = Fakes(lambda place: path_of(run, place))
         self._attributes = Attributes(self._tree.root)
-        _log.addFilter(_is_no_wrong_shape)
+        _log.addFilter(_is_worth_logging)
+        self._mode = self._fakes.where_met()
+        self._mode.__enter__()
         return self
 
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
     ) -> bool:
+        self._mode.__exit__(kind, error, traceback)
         try:
             return super().__exit__(kind, error, traceback)
         finally:
-            _log.removeFilter(_is_no_wrong_shape)
+            _log.removeFilter(_is_worth_logging)
             self._attributes.put_back()
-            del self._attributes
+            del self._attributes, self._fakes, self._mode
 
     def _make_call(self) -> Call:
-        run, call = self._run, super()._make_call()
-        assert run is not None
-        fakes, probe = Fakes(lambda place: path_of(run, place)), call.probe
+        call, fakes = super()._make_call(), self._fakes
+        probe = call.probe
         return Call(
             functools.partial(fakes.call, call.function),
             call.args,
@@ -64,8 +63,8 @@ class ScanTracer(Tracer):
         )
 
 
-def _is_no_wrong_shape(record: logging.LogRecord) -> bool:
-    # PyTorch logs an operation that fails on fake tensors, with a traceback, besides raising the error.
+def _is_worth_logging(record: logging.LogRecord) -> bool:
+    # An operation that fails on fake tensors raises an error; PyTorch logs it with a traceback besides.
     return not str(record.msg).startswith("failed while attempting to run meta")
 
 
@@ -73,8 +72,7 @@ class Attributes:
     """What the modules of a tree hold, to be put back: some forwards keep a table or a statistic."""
 
     def __init__(self, root: Module) -> None:
-        self._before = [(held, dict(held)) for module in root.modules() for held in _holders(module)]
-        self._gradients = [(parameter, parameter.grad) for parameter in root.parameters()]
+        self._before = [(held, dict(held)) for module in root.modules() for held in _held_by(module)]
 
     def put_back(self) -> None:
         """Undo every assignment since."""
@@ -85,10 +83,7 @@ class Attributes:
                     held[name] = before[name]
                 else:
                     del held[name]
-        for parameter, gradient in self._gradients:
-            if isinstance(parameter.grad, FakeTensor):
-                parameter.grad = gradient
 
 
-def _holders(module: Module) -> tuple[dict[str, Any], dict[str, Tensor | None], dict[str, Any]]:
+def _held_by(module: Module) -> tuple[dict[str, Any], ...]:
     return vars(module), module._buffers, module._parameters

@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import os
+import sys
 from collections.abc import Sequence
 from types import TracebackType
 from typing import TYPE_CHECKING, Any
-from weakref import WeakKeyDictionary
 
 import torch
 
@@ -25,9 +25,6 @@ from ._steps import Steps, StepSelector
 if TYPE_CHECKING:
     from ..envoy import Tree
     from ._edit import Edit
-
-
-_open: WeakKeyDictionary[Worker, Tracer] = WeakKeyDictionary()  # the traces that are running
 
 
 class Tracer:
@@ -66,8 +63,8 @@ class Tracer:
         run.add(worker)
         if self._given:
             self._owners.append(worker)
-        worker.enter()
-        _open[worker] = self
+        worker.enter(sys._getframe(1))
+        worker.tracer = self
         return self
 
     def __exit__(
@@ -94,7 +91,7 @@ class Tracer:
 
     def _close(self) -> None:
         if self._worker is not None:
-            _open.pop(self._worker, None)
+            self._worker.tracer = None
         self._given.clear()
         self._owners.clear()
         self._run = self._worker = self._prepare = None
@@ -107,8 +104,8 @@ class Tracer:
     def current(tree: Tree) -> Tracer | None:
         """The trace of this model, without an input of its own, whose body the current code belongs to."""
         worker = tree.find_worker()
-        tracer = _open.get(worker) if worker is not None else None
-        return tracer if tracer is not None and worker is tracer._worker and tracer._owners else None
+        tracer = worker.tracer if worker is not None else None
+        return tracer if tracer is not None and tracer._owners else None
 
     def prepare_with(self, prepare: Prepare) -> None:
         """Make another call of the inputs than the trace itself would."""
