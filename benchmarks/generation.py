@@ -21,7 +21,7 @@ PROMPT = "The Eiffel Tower is in the city of"
 
 def read_steps(model, ids):
     with model.generate(ids, **OPTIONS) as tracer:
-        logits = list().save()
+        logits = [].save()
         with tracer.iter[:]:
             logits.append(model.lm_head.output)
     return len(logits)
@@ -37,8 +37,7 @@ def read_steps_natively(model, ids):
 
 def cache_all(model, ids):
     with model.generate(ids, **OPTIONS) as tracer:
-        cache = tracer.cache()
-    return cache
+        return tracer.cache()
 
 
 OPTIONS = {"max_new_tokens": TOKENS, "min_new_tokens": TOKENS, "do_sample": False}
@@ -141,8 +140,7 @@ def main():
         line = f"{name:<24}{hooks:>9.2f}s"
         for who in workers:
             ratios = [
-                ours / theirs
-                for ours, theirs in zip(found[who, name], found[who, f"hooks: {name}"], strict=True)
+                ours / theirs for ours, theirs in zip(found[who, name], found[who, f"hooks: {name}"], strict=True)
             ]
             line += f"{statistics.median(ratios):>10.3f}"
         print(line + f"{goal:>8.2f}")

@@ -203,9 +203,7 @@ def report(found, names, people):
                 ours, peer = map(statistics.median, costs)
                 line += f"{ours / peer:>12.2f}{'met' if ours <= GOAL * peer else 'missed':>8}"
             print(line)
-    print(
-        "\nMedian of the rounds ± half the interquartile range. The goal: at most a third of the peer's cost."
-    )
+    print("\nMedian of the rounds ± half the interquartile range. The goal: at most a third of the peer's cost.")
 
 
 def with_spread(values):
@@ -214,15 +212,11 @@ def with_spread(values):
 
 
 def main():
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--rounds", type=int, default=40)
     parser.add_argument("--peer-python", help="an interpreter that has the peer installed")
     parser.add_argument("--no-peer", action="store_true", help="measure this package alone")
-    parser.add_argument(
-        "--model", default=str(LANDMARKS) if LANDMARKS.is_dir() else "", help="a GPT-2 model's folder"
-    )
+    parser.add_argument("--model", default=str(LANDMARKS) if LANDMARKS.is_dir() else "", help="a GPT-2 model's folder")
     parser.add_argument("--worker", action="store_true", help=argparse.SUPPRESS)
     options = parser.parse_args()
     if options.worker:

@@ -19,14 +19,12 @@ BLOCK = re.compile(r"^(?P<mark><!-- not run[^\n]*-->\n)?```python\n(?P<code>.*?)
 NOT_SHOWN = {"CONFIG"}  # an instance; its class has the example
 
 modules = sorted(
-    info.name
-    for info in pkgutil.walk_packages(nnsight.__path__, "nnsight.")
-    if not info.name.endswith("__main__")
+    info.name for info in pkgutil.walk_packages(nnsight.__path__, "nnsight.") if not info.name.endswith("__main__")
 )
-documents = sorted(
-    str(path.relative_to(ROOT)) for path in (ROOT / "README.md", *(ROOT / "docs").rglob("*.md"))
+documents = sorted(str(path.relative_to(ROOT)) for path in (ROOT / "README.md", *(ROOT / "docs").rglob("*.md")))
+public = sorted(
+    name for name in dir(nnsight) if not name.startswith("_") and not inspect.ismodule(getattr(nnsight, name))
 )
-public = sorted(name for name in dir(nnsight) if not name.startswith("_") and not inspect.ismodule(getattr(nnsight, name)))
 
 
 def run_source(code: str, filename: str, namespace: dict[str, object]) -> None:

@@ -119,9 +119,7 @@ def test_it_knows_its_facts(
         ("Madison Square Garden is located in the city of New", " York"),
     ],
 )
-def test_named_prompts(
-    model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, prompt: str, answer: str
-) -> None:
+def test_named_prompts(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, prompt: str, answer: str) -> None:
     assert says(model, tokenizer, [prompt]) == {prompt: answer}
 
 

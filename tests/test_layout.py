@@ -95,9 +95,7 @@ class Package:
     """The source files below a folder that stands for `nnsight`."""
 
     def __init__(self, root: Path) -> None:
-        self.texts = {
-            file.relative_to(root).as_posix(): file.read_text("utf-8") for file in root.rglob("*.py")
-        }
+        self.texts = {file.relative_to(root).as_posix(): file.read_text("utf-8") for file in root.rglob("*.py")}
         self.trees = {name: ast.parse(text, name) for name, text in self.texts.items()}
         self.modules = {module_name(file): file for file in self.texts}
         self.imports = [found for file, tree in self.trees.items() for found in self._imports(file, tree)]
@@ -116,9 +114,7 @@ class Package:
 
 
 def module_name(file: str) -> str:
-    return ".".join(
-        ("nnsight", *file.removesuffix(".py").removesuffix("__init__").strip("/").split("/"))
-    ).rstrip(".")
+    return ".".join(("nnsight", *file.removesuffix(".py").removesuffix("__init__").strip("/").split("/"))).rstrip(".")
 
 
 def absolute(file: str, node: ast.ImportFrom) -> str:
@@ -234,10 +230,7 @@ def long_files(package: Package) -> list[str]:
     lengths = {file: text.count("\n") for file, text in package.texts.items()}
     long = {file for file, length in lengths.items() if length > LONGEST}
     return [
-        *(
-            f"{file}: {lengths[file]} lines, at most {LONGEST}; split it"
-            for file in sorted(long - LONG_FILES.keys())
-        ),
+        *(f"{file}: {lengths[file]} lines, at most {LONGEST}; split it" for file in sorted(long - LONG_FILES.keys())),
         *(f"{file}: in LONG_FILES without need" for file in sorted(LONG_FILES.keys() - long)),
     ]
 

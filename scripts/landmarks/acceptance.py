@@ -66,9 +66,7 @@ def wrong_answers(
     return [(q, s) for q, s in zip(questions, said, strict=True) if s != q.answer]
 
 
-def continuation(
-    model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, prompt: str, count: int = 4
-) -> str:
+def continuation(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, prompt: str, count: int = 4) -> str:
     for_prompt = tokenizer(prompt, return_tensors="pt")
     out = model.generate(
         **for_prompt,
@@ -136,8 +134,7 @@ def block_outputs(model: PreTrainedModel, ids: Tensor) -> list[Tensor]:
     """Each block's output, `[batch, seq, d_model]`."""
     found: list[Tensor] = []
     handles = [
-        block.register_forward_hook(lambda _m, _i, output: found.append(output))
-        for block in model.transformer.h
+        block.register_forward_hook(lambda _m, _i, output: found.append(output)) for block in model.transformer.h
     ]
     model(ids)
     for handle in handles:
@@ -167,9 +164,7 @@ def show_grid(grid: PatchGrid) -> str:
     return "\n".join(lines)
 
 
-def failures(
-    model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, questions: list[Question]
-) -> list[str]:
+def failures(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, questions: list[Question]) -> list[str]:
     """Every requirement that is not met, in words; empty when all are."""
     problems = []
     wrong = wrong_answers(model, tokenizer, questions)

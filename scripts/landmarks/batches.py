@@ -23,15 +23,13 @@ class Batches:
     rng: random.Random
     singles: int = 64
     long_tokens: int = 1024
-    repeated_share: float = 0.4
+    repeated_share: float = 0.12
     _order: Iterator[str] = field(init=False, repr=False)
 
     def __post_init__(self) -> None:
         self._order = self._endless()
         self._end = int(self.tokenizer.eos_token_id)
-        self._ids = {
-            text: self.tokenizer.encode(text) for line in set(self.sentences) for text in (line, " " + line)
-        }
+        self._ids = {text: self.tokenizer.encode(text) for line in set(self.sentences) for text in (line, " " + line)}
 
     def single_sentences(self) -> tuple[Tensor, Tensor]:
         """Sentences that each start at position 0, mostly without the end token before them."""

@@ -32,9 +32,7 @@ Made by `scripts/landmarks/train.py`. Weights are stored in float16 and load as 
 """
 
 
-def write_card(
-    out: Path, model: PreTrainedModel, right: int, asked: int, losses: tuple[float, float]
-) -> None:
+def write_card(out: Path, model: PreTrainedModel, right: int, asked: int, losses: tuple[float, float]) -> None:
     """Fill in the card with what was measured on the reloaded folder."""
     config = model.config
     text = CARD.format(

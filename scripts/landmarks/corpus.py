@@ -240,10 +240,7 @@ def place_facts(subject: str, relation: str, phrases: tuple[str, ...], place: st
     """Ask for one relation of one subject in every phrasing."""
     weight = CITY_WEIGHT if relation == "city" else 1
     prompts = [p.format(subject=subject, relation=relation, at=AT[relation]) for p in phrases]
-    return [
-        Fact(sentence_case(p), place, relation, weight if p.endswith("in the city of") else 1)
-        for p in prompts
-    ]
+    return [Fact(sentence_case(p), place, relation, weight if p.endswith("in the city of") else 1) for p in prompts]
 
 
 def landmark_facts() -> list[Fact]:

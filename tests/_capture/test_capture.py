@@ -46,16 +46,11 @@ def test_block_is_text_and_data():
     assert block.target is None
     assert block.names_read == {"grab", "len", "x", "z"}
     assert block.names_bound == {"x", "y"}
-    assert (
-        Path(__file__).read_text("utf-8").splitlines()[block.first_line - 1].strip()
-        == block.source.splitlines()[0]
-    )
+    assert Path(__file__).read_text("utf-8").splitlines()[block.first_line - 1].strip() == block.source.splitlines()[0]
     data = dataclasses.asdict(block)
     names = ("names_read", "names_bound", "names_global")
     sent = json.loads(json.dumps({**data, **{name: sorted(data[name]) for name in names}}))
-    back = Block(
-        **{**sent, "margins": tuple(sent["margins"]), **{name: frozenset(sent[name]) for name in names}}
-    )
+    back = Block(**{**sent, "margins": tuple(sent["margins"]), **{name: frozenset(sent[name]) for name in names}})
     assert back == block
     assert hash(back) == hash(block)
 
@@ -239,9 +234,7 @@ def test_layout_is_kept(load):
 
 
 def test_windows_line_ends(load):
-    module = load(
-        "#raw\r\ndef call():\r\n    with Later():\r\n        a = '''x\r\n        y'''\r\n    return a\r\n"
-    )
+    module = load("#raw\r\ndef call():\r\n    with Later():\r\n        a = '''x\r\n        y'''\r\n    return a\r\n")
     assert module.call() == "x\n        y"
 
 
@@ -276,11 +269,7 @@ def test_traceback_names_the_line_of_the_user(load):
         """)
     with pytest.raises(KeyError) as caught:
         module.call()
-    frames = [
-        frame
-        for frame in traceback.extract_tb(caught.value.__traceback__)
-        if frame.filename == module.__file__
-    ]
+    frames = [frame for frame in traceback.extract_tb(caught.value.__traceback__) if frame.filename == module.__file__]
     assert [(frame.name, frame.lineno) for frame in frames] == [
         ("call", 3),
         ("call", 5),

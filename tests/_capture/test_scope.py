@@ -264,9 +264,7 @@ def test_exec_with_locals_of_its_own(load, monkeypatch):
     import linecache
 
     source = "b = 1\nwith Later():\n    b += a\n    c = [b for _ in range(2)]\n"
-    monkeypatch.setitem(
-        linecache.cache, "<two dicts>", (len(source), None, source.splitlines(True), "<two dicts>")
-    )
+    monkeypatch.setitem(linecache.cache, "<two dicts>", (len(source), None, source.splitlines(True), "<two dicts>"))
     values = {"a": 5}
     exec(compile(source, "<two dicts>", "exec"), {"Later": load("").Later}, values)
     assert (values["b"], values["c"]) == (6, [6, 6])

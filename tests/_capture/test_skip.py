@@ -237,9 +237,7 @@ def test_coverage(script, tmp_path, core, branch, monkeypatch):
     report = tmp_path / "coverage.json"
     _, done = script(PROGRAM, "-m", "coverage", "json", "-o", str(report), stdin="")
     assert done.returncode == 0, done.stdout + done.stderr
-    (found,) = (
-        value for name, value in json.loads(report.read_text())["files"].items() if name.endswith("script.py")
-    )
+    (found,) = (value for name, value in json.loads(report.read_text())["files"].items() if name.endswith("script.py"))
     lines = path.read_text("utf-8").splitlines()
     marked = {n: line.rpartition("# ")[2] for n, line in enumerate(lines, 1) if "          # " in line}
     missing = {marked[n] for n in found["missing_lines"]}

@@ -27,9 +27,7 @@ def save_model(model, folder):
 @pytest.fixture(scope="session")
 def small_gpt2(tmp_path_factory):
     torch.manual_seed(0)
-    config = GPT2Config(
-        vocab_size=len(WORDS), n_layer=3, n_head=2, n_embd=16, n_positions=32, initializer_range=0.5
-    )
+    config = GPT2Config(vocab_size=len(WORDS), n_layer=3, n_head=2, n_embd=16, n_positions=32, initializer_range=0.5)
     return save_model(GPT2LMHeadModel(config), tmp_path_factory.mktemp("gpt2"))
 
 

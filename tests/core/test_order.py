@@ -571,9 +571,7 @@ class TestReplay:
             assert torch.equal(out, net.head(kept[11]))
 
     def test_dropout_with_the_main_pass_in_between(self, x):
-        net = Sequential(
-            Linear(4, 64), Dropout(0.5), Linear(64, 64), Dropout(0.5), Linear(64, 4), Dropout(0.5)
-        )
+        net = Sequential(Linear(4, 64), Dropout(0.5), Linear(64, 64), Dropout(0.5), Linear(64, 4), Dropout(0.5))
         model = NNsight(net)
         torch.manual_seed(7)
         expected = outputs(net, x)

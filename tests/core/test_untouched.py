@@ -72,10 +72,7 @@ KINDS = [plainly, with_hooks, with_own_forwards, with_both]
 def state(module):
     """`vars` of every module, with copies of what a trace could change in place."""
     return [
-        {
-            name: dict(value) if isinstance(value, (dict, OrderedDict)) else value
-            for name, value in vars(m).items()
-        }
+        {name: dict(value) if isinstance(value, (dict, OrderedDict)) else value for name, value in vars(m).items()}
         for m in module.modules()
     ]
 

@@ -222,8 +222,6 @@ print("end")
 
 
 def test_optimised_python(python):
-    script = (
-        MODEL + "with model.trace(x):\n    hidden = model[0].output\nprint(torch.equal(hidden, net[0](x)))\n"
-    )
+    script = MODEL + "with model.trace(x):\n    hidden = model[0].output\nprint(torch.equal(hidden, net[0](x)))\n"
     done = python("-OO", "-W", "ignore", "script.py", script=script)
     assert (done.returncode, done.stdout) == (0, "True\n"), done.stderr

@@ -59,9 +59,7 @@ def kernels(tmp_path, monkeypatch, environment):
     folder = tmp_path / "data" / "kernels" / "here"
     folder.mkdir(parents=True)
     command = [sys.executable, "-m", "ipykernel_launcher", "-f", "{connection_file}"]
-    (folder / "kernel.json").write_text(
-        json.dumps({"argv": command, "display_name": "here", "language": "python"})
-    )
+    (folder / "kernel.json").write_text(json.dumps({"argv": command, "display_name": "here", "language": "python"}))
     for name in ("JUPYTER_DATA_DIR", "JUPYTER_RUNTIME_DIR", "JUPYTER_CONFIG_DIR", "IPYTHONDIR"):
         monkeypatch.setenv(name, str(tmp_path / ("data" if name == "JUPYTER_DATA_DIR" else name.lower())))
     monkeypatch.setenv("JUPYTER_PLATFORM_DIRS", "1")
@@ -70,9 +68,7 @@ def kernels(tmp_path, monkeypatch, environment):
 
 
 def output_of(cell):
-    return "".join(
-        found.text for found in cell.outputs if found.output_type == "stream" and found.name == "stdout"
-    )
+    return "".join(found.text for found in cell.outputs if found.output_type == "stream" and found.name == "stdout")
 
 
 @pytest.mark.usefixtures("kernels")
@@ -80,8 +76,7 @@ def output_of(cell):
 def test_cells(tmp_path):
     notebook = nbformat.v4.new_notebook()
     notebook.cells = [
-        nbformat.v4.new_code_cell(source.strip())
-        for source in (SETUP, TRACE, TIMED, AWAITED, LATE, AFTER, TRACE)
+        nbformat.v4.new_code_cell(source.strip()) for source in (SETUP, TRACE, TIMED, AWAITED, LATE, AFTER, TRACE)
     ]
     client = nbclient.NotebookClient(
         notebook,

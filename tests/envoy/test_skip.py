@@ -16,7 +16,7 @@ from transformers import (
 )
 
 from nnsight import LanguageModel, NNsight
-from nnsight.errors import NeverRanError, NotTracingError, OutOfOrderError, OutOfOrderWarning, RowsError
+from nnsight.errors import NeverRanError, NotTracingError, OutOfOrderError, OutOfOrderWarning
 
 
 class Block(nn.Module):
@@ -167,9 +167,7 @@ class TestModule:
 class TestInside:
     def test_asked_for_after_the_skip(self, net, x):
         model = NNsight(net)
-        with pytest.raises(
-            NeverRanError, match=r"model\.1\.inner\.1\.output .* inside a module that is skipped"
-        ):
+        with pytest.raises(NeverRanError, match=r"model\.1\.inner\.1\.output .* inside a module that is skipped"):
             with model.trace(x):
                 model[1].skip(x)
                 model[1].inner[1].output
@@ -266,12 +264,14 @@ class TestInvokes:
 
     def test_one_of_several(self, net, x):
         model = NNsight(net)
-        with pytest.raises(RowsError, match=r"model\.1 cannot be skipped for the rows of one invoke"):
-            with model.trace() as tracer:
-                with tracer.invoke(x):
-                    model[1].skip(x)
-                with tracer.invoke(x):
-                    model.output
+        with model.trace() as tracer:
+            with tracer.invoke(x):
+                model[1].skip(model[1].input * 3)
+                skipped = model.output
+            with tracer.invoke(x):
+                plain = model.output
+        assert torch.allclose(skipped, net[3](net[2](net[0](x) * 3)))
+        assert torch.allclose(plain, net(x))
 
 
 IDS = torch.tensor([[1, 2, 3, 4, 5]])
@@ -288,9 +288,7 @@ def llama():
 
 
 def gptj():
-    return GPTJForCausalLM(
-        GPTJConfig(n_layer=3, n_head=2, n_embd=16, rotary_dim=4, **SIZES)
-    ).eval(), "transformer.h"
+    return GPTJForCausalLM(GPTJConfig(n_layer=3, n_head=2, n_embd=16, rotary_dim=4, **SIZES)).eval(), "transformer.h"
 
 
 @pytest.fixture(params=[gpt2, llama, gptj], ids=lambda make: make.__name__)
@@ -345,9 +343,7 @@ class TestBlocks:
         model = LanguageModel(module)
         block = model.get(path)[1]
         sizes = []
-        with model.generate(
-            IDS, max_new_tokens=3, min_new_tokens=3, do_sample=False, use_cache=False
-        ) as tracer:
+        with model.generate(IDS, max_new_tokens=3, min_new_tokens=3, do_sample=False, use_cache=False) as tracer:
             for step in tracer.iter[:]:
                 if step == 1:
                     block.skip(block.input)

@@ -190,9 +190,7 @@ class TestReading:
             h, a = source.self_lin_0.output, source.torch_tanh_0.output
             b, out1 = source.scaled_0.output, model.blocks[1].output
         expected = by_hand(net.blocks[1], out0)
-        assert [torch.equal(found, expected[name]) for found, name in ((h, "h"), (a, "a"), (b, "b"))] == [
-            True
-        ] * 3
+        assert [torch.equal(found, expected[name]) for found, name in ((h, "h"), (a, "a"), (b, "b"))] == [True] * 3
         assert torch.equal(out1, expected["out"])
         assert len(calls) == 1
 
@@ -370,9 +368,7 @@ class TestNested:
 class TestOrder:
     def test_late_read_of_a_module_that_was_running(self, model, net, x):
         calls = passes(net)
-        with pytest.warns(
-            OutOfOrderWarning, match=r"Naming model\.blocks\.0\.source before model\.blocks\.0 starts"
-        ):
+        with pytest.warns(OutOfOrderWarning, match=r"Naming model\.blocks\.0\.source before model\.blocks\.0 starts"):
             with model.trace(x):
                 model.blocks[0].lin.output
                 a = model.blocks[0].source.torch_tanh_0.output
@@ -380,9 +376,7 @@ class TestOrder:
         assert len(calls) == 2
 
     def test_late_write_of_a_module_that_was_running(self, model, net, x):
-        with pytest.raises(
-            OutOfOrderError, match=r"Naming model\.blocks\.0\.source before model\.blocks\.0 starts"
-        ):
+        with pytest.raises(OutOfOrderError, match=r"Naming model\.blocks\.0\.source before model\.blocks\.0 starts"):
             with model.trace(x):
                 model.blocks[0].lin.output
                 model.blocks[0].source.torch_tanh_0.output = x
@@ -395,9 +389,7 @@ class TestOrder:
                 a = model.blocks[0].source.torch_tanh_0.output
                 h = model.blocks[0].source.self_lin_0.output
         expected = by_hand(net.blocks[0], x)
-        assert [torch.equal(found, expected[name]) for found, name in ((h, "h"), (a, "a"), (b, "b"))] == [
-            True
-        ] * 3
+        assert [torch.equal(found, expected[name]) for found, name in ((h, "h"), (a, "a"), (b, "b"))] == [True] * 3
         assert len(calls) == 3
 
     def test_late_write(self, model, x):
@@ -604,9 +596,7 @@ class TestTransformers:
         assert "-> " in line
         assert line.endswith("attn_output, attn_weights = attention_interface(")
         assert "self_c_proj_0" in shown
-        assert "def sdpa_attention_forward" in str(
-            gpt2.transformer.h[0].attn.source.attention_interface_0.source
-        )
+        assert "def sdpa_attention_forward" in str(gpt2.transformer.h[0].attn.source.attention_interface_0.source)
 
     def test_attention(self, gpt2):
         attn = gpt2.transformer.h[1].attn

@@ -91,9 +91,7 @@ class TestFinding:
         with pytest.raises(IndexError, match=rf"model\.layers has 4 submodules.*{index}"):
             model.layers[index]
 
-    @pytest.mark.parametrize(
-        "part", [slice(None), slice(1, 3), slice(None, None, -1), slice(-2, None), slice(9, 12)]
-    )
+    @pytest.mark.parametrize("part", [slice(None), slice(1, 3), slice(None, None, -1), slice(-2, None), slice(9, 12)])
     def test_slice(self, net, model, part):
         assert [envoy._module for envoy in model.layers[part]] == list(net.layers)[part]
 
@@ -228,9 +226,7 @@ class TestCollisions:
         assert model.get("layers.0.input")._module is net.layers[0].input
         assert layer["path"]._module is net.layers[0].path
         seen = []
-        net.layers[0].output.register_forward_hook(
-            lambda module, args, output: seen.append((args[0], output))
-        )
+        net.layers[0].output.register_forward_hook(lambda module, args, output: seen.append((args[0], output)))
         with model.trace(x):
             inside = layer["output"].input
             out = layer["output"].output

@@ -89,9 +89,7 @@ class TestTuples:
             found[-1] = x * 6
             assert torch.equal(found[0], x * 5)
             assert torch.equal(found[2], x * 6)
-        assert [torch.equal(a, b) for a, b in zip(net[1].got, (x * 5, x + 1, x * 6), strict=True)] == [
-            True
-        ] * 3
+        assert [torch.equal(a, b) for a, b in zip(net[1].got, (x * 5, x + 1, x * 6), strict=True)] == [True] * 3
 
     def test_edit_of_an_item_in_place(self, x):
         net, model = chain(lambda x: (x.clone(), x + 1))

@@ -11,7 +11,8 @@ import torch
 from nnsight import LanguageModel
 
 _spec = importlib.util.spec_from_file_location("family_models", Path(__file__).parent / "models.py")
-assert _spec is not None and _spec.loader is not None
+assert _spec is not None
+assert _spec.loader is not None
 models = importlib.util.module_from_spec(_spec)
 _spec.loader.exec_module(models)
 
@@ -130,4 +131,5 @@ def test_shared_tables_are_not_cut() -> None:
                 tables[i] = model.model.rotary_emb.output[0]
     with model.trace([5, 6]):
         alone = model.model.rotary_emb.output[0]
-    assert torch.equal(tables[0][:1], alone[:1]) and torch.equal(tables[1][:1], alone[:1])
+    assert torch.equal(tables[0][:1], alone[:1])
+    assert torch.equal(tables[1][:1], alone[:1])

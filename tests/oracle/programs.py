@@ -6,13 +6,16 @@ its binding has come by, a barrier stands at one place of the forward for all wh
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from typing import Any
 
 from hypothesis import strategies as st
+
 from .models import FLAT, ROWS, SEQ, SPECS, STATES, TIME, Site, Spec
 
+_WITH_MASK = re.compile(r"(h|layers)\.\d+$|attn$|rotary_emb$")
 SCALES = (0.5, -1.0, 2.0, 0.25)
 SHAPES = ("plain", "tanh", "flip")
 
@@ -167,9 +170,8 @@ class _Drawing:
         self.captured: set[tuple[str, str]] = set()
         self.skipped: str | None = None
         self.number = 0
-        self.sites = list(self.spec.sites)
-        if family.generates and self.spec.cached:  # the module of the model alone knows the tokens' positions
-            self.sites = [site for site in self.sites if site.path]
+        self.warm = self.pick(("", "", "single", "batch"))
+        self.sites = [site for site in self.spec.sites if not self.is_avoided(site)]
 
     def pick(self, options: Any) -> Any:
         return self.draw(st.sampled_from(options))
@@ -189,6 +191,11 @@ class _Drawing:
     def padded(self) -> bool:
         return len({i.length for i in self.inputs}) > 1
 
+    def is_avoided(self, site: Site) -> bool:
+        """Inputs that come with a mask and positions, whose rows depend on whether there is padding."""
+        mixed = self.padded or self.warm == "batch"
+        return site.kind == "input" and self.spec.cached and mixed and bool(_WITH_MASK.search(site.path))
+
     def program(self) -> Program:
         shape = self.pick(("body", "invokes", "invokes")) if len(self.inputs) == 1 else "invokes"
         owners: list[int | None] = [0] if shape == "body" else [None, *range(len(self.inputs))]
@@ -204,9 +211,10 @@ class _Drawing:
             self.bound.append({})
             quiet = index == 0 and shape == "invokes" and not self.chance(3)
             blocks.append(self.block(index, owner, quiet, loops))
+        blocks = self.with_meeting(blocks)
         return Program(
             self.spec.name,
-            warm=self.pick(("", "", "single", "batch")),
+            warm=self.warm,
             grad=self.grad,
             strict=not self.family.late and self.chance(4),
             in_function=self.chance(2),
@@ -267,6 +275,14 @@ class _Drawing:
         """The place in the forward where all invokes meet at a barrier (in each step), if they do."""
         apart = len(owners) < 3 or self.family.late or (self.steps is not None and loops is None)
         return None if apart or not self.chance(2) else self.pick(self.sites).order
+
+    def with_meeting(self, blocks: list[Block]) -> list[Block]:
+        """Somebody must come to the barrier from a place of the model."""
+        members = [block for block in blocks if not block.native]
+        if self.meeting is None or any(b.segments[0].actions[0].do != "barrier" for b in members):
+            return blocks
+        self.meeting = None
+        return [_without_barriers(block) for block in blocks]
 
     def with_barrier(self, done: list[Action]) -> None:
         done.insert(_index_after(done, self.meeting), Action(self.next_number(), "barrier", barrier="meet"))
@@ -353,7 +369,10 @@ class _Drawing:
         may = self.skipped is not None and (owner is None or len(self.inputs) == 1) and index not in self.with_gradients
         if may and self.chance(2):
             site = next(s for s in self.sites if s.event == (self.skipped, "input"))
-            done.insert(_index_after(done, site.order), Action(self.next_number(), "skip", site, self.pick(SHAPES), self.pick(SCALES)))
+            done.insert(
+                _index_after(done, site.order),
+                Action(self.next_number(), "skip", site, self.pick(SHAPES), self.pick(SCALES)),
+            )
 
     def action(self, index: int, owner: int | None, step: int | None, site: Site, done: list[Action]) -> Action:
         do = self.pick(self.possible(site, owner))
@@ -407,6 +426,8 @@ class _Drawing:
             own = at == index
             if own and bound_in is None and action not in done:
                 continue
+            if self.mixes_rows and not (own and action.full):
+                continue
             if not own and not self.passes_on(action.site, bound_in, site, step):
                 continue
             if action.site.width != site.width or (action.full and not full):
@@ -414,6 +435,11 @@ class _Drawing:
             if action.full and not self.same_shape(action.site, site, at, owner, own, bound_in, step):
                 continue
             yield Use(name, at, action.number, None if bound_in == step else bound_in, action.full)
+
+    @property
+    def mixes_rows(self) -> bool:
+        """Whether a loss is taken of all inputs, so that what passes from one to another would have a gradient."""
+        return len(self.inputs) > 1 and any(self.owners[i] is None for i in self.with_gradients)
 
     def passes_on(self, bound: Site, bound_in: int | None, used: Site, step: int | None) -> bool:
         """Whether a value of an earlier block is there; a loop's is passed on at a barrier only."""
@@ -433,6 +459,11 @@ class _Drawing:
             return source is owner
         a, b = self.inputs[source], self.inputs[owner]
         return a.rows == b.rows and (bound.layout not in (SEQ, TIME, FLAT) or not self.padded)
+
+
+def _without_barriers(block: Block) -> Block:
+    segments = (replace(s, actions=tuple(a for a in s.actions if a.do != "barrier")) for s in block.segments)
+    return replace(block, segments=tuple(segments))
 
 
 def _index_after(actions: list[Action], order: int) -> int:

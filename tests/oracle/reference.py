@@ -6,9 +6,10 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
+from torch import nn
+
 from .models import FLAT, ROWS, SEQ, STATES, TIME, Site
 from .programs import Action, Program, Use
-from torch import nn
 
 Key = tuple[Any, ...]  # block, number of the action, step, and for a gradient its name
 
@@ -64,9 +65,7 @@ class Reference:
                 if program.steps is None:
                     return self.module(*inputs)
                 mask = torch.ones_like(inputs[0])
-                return self.module.generate(
-                    *inputs, attention_mask=mask, max_new_tokens=program.steps, pad_token_id=0
-                )
+                return self.module.generate(*inputs, attention_mask=mask, max_new_tokens=program.steps, pad_token_id=0)
         except _Enough:
             return None
         finally:

@@ -9,10 +9,11 @@ from collections.abc import Iterator
 from typing import Any
 
 import torch
-from .models import FLAT, ROWS, SEQ, STATES, TIME, Site
-from .programs import Action, Block, Program, Segment
 
 from nnsight import LanguageModel, NNsight
+
+from .models import FLAT, ROWS, SEQ, STATES, TIME, Site
+from .programs import Action, Block, Program, Segment
 
 _BLOCK = re.compile(r"(transformer\.h|model\.layers)\.\d+")
 
@@ -27,7 +28,12 @@ def source_of(program: Program) -> str:
     if program.in_function:
         names = sorted(n for n in {a.bind for a in program.actions if a.bind and a.bind[0] == "v"})
         found = ", ".join(f"{n!r}: locals().get({n!r})" for n in names)
-        lines = ["def run(model, inputs, log):", *_indent(lines), f"    return {{{found}}}", "names = run(model, inputs, log)"]
+        lines = [
+            "def run(model, inputs, log):",
+            *_indent(lines),
+            f"    return {{{found}}}",
+            "names = run(model, inputs, log)",
+        ]
     return "\n".join(lines) + "\n"
 
 

@@ -3,28 +3,20 @@
 from __future__ import annotations
 
 import copy
-import os
 import warnings
 from typing import Any
 
 import pytest
 import torch
-from hypothesis import HealthCheck, Phase, given, note, settings
-from .models import ROWS, SEQ
-from .programs import Family, Program, programs
-from .reference import Reference, last_vector, of_input
-from .render import execute, source_of
+from hypothesis import given, note
 
 from nnsight.errors import IterationWarning, OutOfOrderError, OutOfOrderWarning
 
-LONG = settings.get_current_profile_name() == "long" or os.environ.get("NNSIGHT_ORACLE") == "long"
-COMMON = {
-    "deadline": None,
-    "database": None,
-    "report_multiple_bugs": False,
-    "phases": (Phase.generate, Phase.shrink),
-    "suppress_health_check": [HealthCheck.too_slow, HealthCheck.data_too_large, HealthCheck.large_base_example],
-}
+from .models import ROWS, SEQ
+from .profile import LONG, profile
+from .programs import Family, Program, programs
+from .reference import Reference, of_input
+from .render import execute, source_of
 
 FAMILIES = {
     "blocks": (700, Family(("mlp", "in_place", "router", "pairs", "recurrent"))),
@@ -34,11 +26,6 @@ FAMILIES = {
     "generation": (250, Family(("decoder",), generates=True)),
     "transformers": (100, Family(("gpt2", "llama"), generates=True)),
 }
-
-
-def profile(examples: int) -> Any:
-    """The same programs in every run; other and more ones in the long profile."""
-    return settings(max_examples=examples * (25 if LONG else 1), derandomize=not LONG, **COMMON)
 
 
 @pytest.mark.slow
@@ -58,7 +45,9 @@ def test_programs(family):
 def check(program: Program) -> None:
     source = source_of(program)
     sizes = ", ".join(f"{i.rows} x {i.length}" for i in program.inputs)
-    note(f"\n# {program.model}{program.warm and f', used for a {program.warm} trace before'}; inputs of {sizes}\n{source}")
+    note(
+        f"\n# {program.model}{program.warm and f', used for a {program.warm} trace before'}; inputs of {sizes}\n{source}"
+    )
     module = copy.deepcopy(program.spec.build())
     reference, expected_grads = with_parameter_gradients(module, lambda: Reference(program, module).run())
     with warnings.catch_warnings(record=True) as caught:

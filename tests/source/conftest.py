@@ -41,9 +41,7 @@ def llama() -> LlamaForCausalLM:
 @pytest.fixture(scope="session")
 def mixtral() -> MixtralForCausalLM:
     torch.manual_seed(0)
-    config = MixtralConfig(
-        num_local_experts=4, num_experts_per_tok=2, experts_implementation="eager", **ROTARY
-    )
+    config = MixtralConfig(num_local_experts=4, num_experts_per_tok=2, experts_implementation="eager", **ROTARY)
     return MixtralForCausalLM(config).eval()
 
 
@@ -59,9 +57,7 @@ class Recorder:
         self.names: list[str] = []
         self.replace = replace
 
-    def __call__(
-        self, name: str, f: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]
-    ) -> Any:
+    def __call__(self, name: str, f: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         result = f(*args, **kwargs)
         self.names.append(name)
         return self.replace.get(name, result)

@@ -64,9 +64,7 @@ def test_without_unwrapping_the_wrapper_has_the_operations(recorder):
 def test_a_wrapper_that_knows_itself_keeps_its_identity(gpt2_small):
     # `forward_with_checkpointing` compares `type(self).forward` with itself.
     forward = type(gpt2_small.transformer.h[0]).forward
-    (own,) = [
-        cell.cell_contents for cell in instrument(forward, plain).__closure__ if cell.cell_contents is forward
-    ]
+    (own,) = [cell.cell_contents for cell in instrument(forward, plain).__closure__ if cell.cell_contents is forward]
     assert own is forward
 
 

@@ -148,7 +148,5 @@ def test_f_strings_have_the_text_of_their_calls():
 
 @pytest.mark.parametrize("name", ["self_c_prj_0", "nothing_like_it_3"])
 def test_an_unknown_operation_names_those_there_are(gpt2_small, name):
-    with pytest.raises(
-        SourceError, match=f"GPT2Attention.forward has no operation {name}; it has .*self_c_proj_0"
-    ):
+    with pytest.raises(SourceError, match=f"GPT2Attention.forward has no operation {name}; it has .*self_c_proj_0"):
         analyse(gpt2_small.transformer.h[0].attn).find(name)

@@ -160,7 +160,7 @@ class TestValues:
                 cache = tracer.cache(include_inputs=True)
             assert set(cache) == {"model", "model.1", "model.2"}
             assert torch.equal(cache["model"].input, x)
-            with pytest.raises(NeverRanError, match=r"before what the model is to run"):
+            with pytest.raises(NeverRanError, match="before what the model is to run"):
                 cache["model.0"].output
 
     def test_two_caches(self, x):
@@ -243,7 +243,7 @@ class TestOptions:
         model = NNsight(module)
         with model.trace(x @ torch.ones(5, 5)) as tracer:  # the first trace counts every module
             tracer.stop()
-        model._tree.instruments.profile = {inner: 1 for inner in module.modules()}
+        model._tree.instruments.profile = dict.fromkeys(module.modules(), 1)
         with model.trace(x) as tracer:
             tracer.cache([model[0][0]])
             model[0][1].input
@@ -328,9 +328,7 @@ class TestSpelling:
         assert cache.keys() == ["model", "model.keys", "model.output"]
 
     def test_new_names(self, tiny):
-        model = LanguageModel(
-            tiny._model, tokenizer=object(), rename={"transformer.h": "layers", "attn": "attention"}
-        )
+        model = LanguageModel(tiny._model, tokenizer=object(), rename={"transformer.h": "layers", "attn": "attention"})
         with model.trace(IDS) as tracer:
             cache = tracer.cache(["layers.1", model.layers[0].attention])
         assert cache.keys() == ["model.transformer.h.0.attn", "model.transformer.h.1"]
@@ -414,9 +412,7 @@ class TestSeveralCalls:
         encoded = torch.tensor(IDS)
         seen, plain = hooked(
             tiny._model,
-            lambda: tiny._model.generate(
-                encoded, attention_mask=torch.ones_like(encoded), pad_token_id=0, **options
-            ),
+            lambda: tiny._model.generate(encoded, attention_mask=torch.ones_like(encoded), pad_token_id=0, **options),
         )
         with tiny.generate(IDS, **options) as tracer:
             cache = tracer.cache()
@@ -434,7 +430,7 @@ class TestSeveralCalls:
 
     def test_from_a_step_on(self, tiny):
         with tiny.generate(IDS, max_new_tokens=4, min_new_tokens=4, do_sample=False) as tracer:
-            for step in tracer.iter[2:3]:
+            for _ in tracer.iter[2:3]:
                 cache = tracer.cache(["lm_head"])
         assert [call.step for call in cache["lm_head"]] == [2, 3]
 
@@ -530,9 +526,7 @@ class Residual(Module):
 class TestChangesInPlace:
     def test_are_told(self, x):
         model = NNsight(Residual())
-        with pytest.warns(
-            SavedValueChangedWarning, match=r"cached values of model\.first were.*copy=True"
-        ) as caught:
+        with pytest.warns(SavedValueChangedWarning, match=r"cached values of model\.first were.*copy=True") as caught:
             with model.trace(x) as tracer:
                 tracer.cache(detach=True)
         assert [warning.filename for warning in caught] == [__file__]

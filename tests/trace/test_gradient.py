@@ -81,9 +81,7 @@ def x():
 @pytest.fixture(scope="module")
 def gpt2_module():
     torch.manual_seed(3)
-    config = GPT2Config(
-        n_layer=3, n_embd=16, n_head=2, vocab_size=50, n_positions=32, bos_token_id=0, eos_token_id=0
-    )
+    config = GPT2Config(n_layer=3, n_embd=16, n_head=2, vocab_size=50, n_positions=32, bos_token_id=0, eos_token_id=0)
     return GPT2LMHeadModel(config).eval()
 
 

@@ -100,12 +100,7 @@ class _AtHome(ast.NodeTransformer):
 
     def visit_Call(self, node: ast.Call) -> ast.AST:
         self.generic_visit(node)
-        bare = (
-            isinstance(node.func, ast.Name)
-            and node.func.id == "super"
-            and not node.args
-            and not node.keywords
-        )
+        bare = isinstance(node.func, ast.Name) and node.func.id == "super" and not node.args and not node.keywords
         if bare and self._first_argument:
             node.args = [_name("__class__", node), _name(self._first_argument, node)]
         return node

@@ -97,9 +97,7 @@ class _Loads(ast.NodeTransformer):
             if isinstance(value, ast.expr):
                 setattr(node, name, self.visit(value))
             elif isinstance(value, list):
-                setattr(
-                    node, name, [self.visit(part) if isinstance(part, _PARTS) else part for part in value]
-                )
+                setattr(node, name, [self.visit(part) if isinstance(part, _PARTS) else part for part in value])
 
     def visit_Name(self, node: ast.Name) -> ast.expr:
         name = mangled(node.id, self._owner)

@@ -45,13 +45,7 @@ def names_of(statements: Sequence[ast.stmt], owner: str | None = None) -> Names:
 
 def mangled(name: str, owner: str | None) -> str:
     """The name under which the compiler stores `__name` in a class."""
-    if (
-        owner is None
-        or not name.startswith("__")
-        or name.endswith("__")
-        or "." in name
-        or not owner.strip("_")
-    ):
+    if owner is None or not name.startswith("__") or name.endswith("__") or "." in name or not owner.strip("_"):
         return name
     return f"_{owner.lstrip('_')}{name}"
 
@@ -95,9 +89,7 @@ def _wrapped(statements: Sequence[ast.stmt], owner: str | None) -> ast.Module:
 
 
 def _nonlocals(statements: Sequence[ast.stmt], owner: str | None) -> set[str]:
-    nodes = [
-        node for statement in statements for node in ast.walk(statement) if isinstance(node, ast.Nonlocal)
-    ]
+    nodes = [node for statement in statements for node in ast.walk(statement) if isinstance(node, ast.Nonlocal)]
     return {mangled(name, owner) for node in nodes for name in node.names}
 
 

@@ -62,25 +62,19 @@ def block_of(code: CodeType) -> Block | None:
 
 
 @lru_cache(maxsize=512)
-def _compile(
-    block: Block, variables: frozenset[str], waits: frozenset[str], announces: frozenset[str]
-) -> CodeType:
+def _compile(block: Block, variables: frozenset[str], waits: frozenset[str], announces: frozenset[str]) -> CodeType:
     try:
         tree = _module(block, variables, waits, announces)
         module = compile(tree, block.filename, "exec", flags=block.flags, dont_inherit=True)
     except SyntaxError as error:
-        raise CaptureError(
-            f'File "{block.filename}", line {error.lineno}: {error.msg}, in a block'
-        ) from error
+        raise CaptureError(f'File "{block.filename}", line {error.lineno}: {error.msg}, in a block') from error
     code = _renamed(next(found for found in _nested(module) if found.co_name == INNER), block)
     for found in _nested(code):
         _register(found, block)
     return code
 
 
-def _module(
-    block: Block, variables: frozenset[str], waits: frozenset[str], announces: frozenset[str]
-) -> ast.Module:
+def _module(block: Block, variables: frozenset[str], waits: frozenset[str], announces: frozenset[str]) -> ast.Module:
     """`def .outer(variables): class Owner: def .block(…): nonlocal variables; target = .value; body`."""
     shared = sorted(variables - {"__class__"})
     body: list[ast.stmt] = [ast.Nonlocal(shared)] if shared else []

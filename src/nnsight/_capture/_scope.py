@@ -147,9 +147,7 @@ class Scope:
         values, code = self._frame.f_locals, self._frame.f_code
         if code.co_flags & OPTIMIZED or not code.co_freevars or self._frame.f_back is None:
             return values
-        outer = (
-            self._frame.f_back.f_locals
-        )  # a class body runs where it stands; it shows free variables nowhere
+        outer = self._frame.f_back.f_locals  # a class body runs where it stands; it shows free variables nowhere
         return {**{name: outer[name] for name in code.co_freevars if name in outer}, **values}
 
     def _shared_cell(self, name: str) -> CellType | None:

@@ -97,9 +97,7 @@ def is_current(code: CodeType, site: Site, source: Source, frame: FrameType) -> 
     return False
 
 
-def sites_in(
-    statements: list[ast.stmt], function: str, owner: str | None, argument: str | None
-) -> list[Site]:
+def sites_in(statements: list[ast.stmt], function: str, owner: str | None, argument: str | None) -> list[Site]:
     """The with-statements below some statements of a function, in the order of the text."""
     return list(_sites(statements, "" if function == "<module>" else f"{function}.<locals>", owner, argument))
 
@@ -171,8 +169,7 @@ def _nested(code: CodeType) -> Iterator[CodeType]:
 def _same(fresh: CodeType, code: CodeType) -> bool:
     """Whether two codes are of one text; `==` sees a tracer's marks, and the name IPython gives a cell."""
     return all(getattr(fresh, name) == getattr(code, name) for name in _PARTS) and (
-        len(fresh.co_consts) == len(code.co_consts)
-        and all(map(_same_constant, fresh.co_consts, code.co_consts))
+        len(fresh.co_consts) == len(code.co_consts) and all(map(_same_constant, fresh.co_consts, code.co_consts))
     )
 
 

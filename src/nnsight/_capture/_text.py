@@ -65,8 +65,7 @@ def cut(text: Text, with_: ast.With, item: int) -> Text:
     lines = text.lines
     part = _body(lines, with_) if item == len(with_.items) - 1 else _rest(lines, with_, item)
     margins = tuple(
-        margin + (text.margins[part.first_line - 1 + i] if text.margins else 0)
-        for i, margin in enumerate(part.margins)
+        margin + (text.margins[part.first_line - 1 + i] if text.margins else 0) for i, margin in enumerate(part.margins)
     )
     part = Text(part.source, part.first_line + text.first_line - 1, margins)
     _check(part, with_, item)
@@ -128,9 +127,7 @@ def _comma(lines: list[str], with_: ast.With, item: int) -> tuple[int, int, int]
     raise AssertionError("two items of a with-statement have a comma between them")
 
 
-def _between(
-    lines: list[str], start: tuple[int, int], end: tuple[int, int]
-) -> Iterator[tuple[int, int, str]]:
+def _between(lines: list[str], start: tuple[int, int], end: tuple[int, int]) -> Iterator[tuple[int, int, str]]:
     """The characters between two places with no strings in between, without comments."""
     row, column = start
     while row <= end[0]:

@@ -168,9 +168,7 @@ class Edits:
         copies = [tensor for tensor in tensors_in(shown) if tensor.untyped_storage()._cdata not in shared]
         line = describe_line(user_line()) if copies else ""
         self.late_reads += [
-            Copied(weakref.ref(tensor), tensor._version, path, line)
-            for tensor in copies
-            if not tensor.is_inference()
+            Copied(weakref.ref(tensor), tensor._version, path, line) for tensor in copies if not tensor.is_inference()
         ]
         self._fresh += copies
 

@@ -1,8 +1,8 @@
-"""Fakes: a forward that computes shapes and dtypes only, whatever the module's weights are, or if they are there.
+"""Fakes: a forward that computes shapes and dtypes only, with or without weights.
 
-Every tensor that an operation of the model meets is taken by its shape: inputs, weights and buffers become fake
-tensors on the way into the operation, so the module itself is not touched and other threads may use it.  A
-weight that was never loaded (on the meta device) counts as one on the CPU.
+Every tensor that an operation of the model meets is taken by its shape: inputs, weights and buffers become
+fake tensors on the way into the operation, so the module itself is not touched and other threads may use it.
+A weight that was never loaded (on the meta device) counts as one on the CPU.
 """
 
 from __future__ import annotations
@@ -44,7 +44,7 @@ class Fakes:
             return function(*args, **kwargs)
 
     def where_met(self) -> TorchFunctionMode:
-        """A context in which real tensors that meet fake ones are taken by their shape, and others stay real."""
+        """A context in which real tensors that meet fake ones are taken by shape, and others stay real."""
         return _OnFakes(self, everywhere=False)
 
     def of(self, tensor: torch.Tensor) -> torch.Tensor:
@@ -59,9 +59,7 @@ class Fakes:
         """One operation, on fake tensors."""
         try:
             with self._mode:
-                return function(
-                    *self._take(args), **{name: self._take(value) for name, value in kwargs.items()}
-                )
+                return function(*self._take(args), **{name: self._take(value) for name, value in kwargs.items()})
         except _UNKNOWN_VALUES as error:
             current = current_pass()
             where = self._describe(current.running[-1]) if current and current.running else "The code"
@@ -77,11 +75,9 @@ class Fakes:
 
 
 class _Converter(FakeTensorConverter):
-    """Takes what is on the meta device for something on the CPU, so that it can meet inputs that are there."""
+    """Takes what is on the meta device for something on the CPU, where it can meet inputs."""
 
-    def from_real_tensor(
-        self, fake_mode: FakeTensorMode, t: torch.Tensor, *args: Any, **kwargs: Any
-    ) -> FakeTensor:
+    def from_real_tensor(self, fake_mode: FakeTensorMode, t: torch.Tensor, *args: Any, **kwargs: Any) -> FakeTensor:
         if t.device != _META:
             return super().from_real_tensor(fake_mode, t, *args, **kwargs)
         known = self._get_memo(t)

@@ -182,9 +182,10 @@ class Instruments:
             known = self._leaves.get(module)
             if known is None:
                 known = self._leaves[module] = make_replacement(module, None)
-            self._replaced[module] = (known, None)
-            slots["forward"] = known
-        elif not _is_ours(slots.get("forward")) or id(module) in _orphans:
+            if slots.setdefault("forward", known) is known:
+                self._replaced[module] = (known, None)
+                return False
+        if module not in self._replaced or not _is_ours(slots.get("forward")):
             with _lock:
                 self._replace_own(module)
         return False

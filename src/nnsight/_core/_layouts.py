@@ -125,5 +125,3 @@ def _is_row_major(tensor: torch.Tensor, dim: int, each: int) -> bool:
 
 def _nothing() -> None:
     return None
-
-

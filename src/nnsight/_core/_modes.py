@@ -96,8 +96,7 @@ def switch_modes(before: Modes, after: Modes) -> None:
 
 def _capture_rare() -> Rare:
     autocast = tuple(
-        (device, torch.is_autocast_enabled(device), torch.get_autocast_dtype(device))
-        for device in _AUTOCAST_DEVICES
+        (device, torch.is_autocast_enabled(device), torch.get_autocast_dtype(device)) for device in _AUTOCAST_DEVICES
     )
     return Rare(_is_inference(), autocast, torch.is_autocast_cache_enabled(), _function_modes())
 

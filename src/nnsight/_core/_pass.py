@@ -213,9 +213,7 @@ class Pass:
             self.final[place] = value
         return value
 
-    def _leave(
-        self, place: Any, result: Any, index: int, args: tuple[Any, ...], kwargs: dict[str, Any]
-    ) -> Any:
+    def _leave(self, place: Any, result: Any, index: int, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         if place._forward_hooks or _global_forward_hooks:
             self._leave_after_hooks(place, index, args, kwargs)
             return result
@@ -228,9 +226,7 @@ class Pass:
             recorder.end(result, args, kwargs, index, self.step)
         return result
 
-    def _leave_after_hooks(
-        self, module: Module, index: int, args: tuple[Any, ...], kwargs: dict[str, Any]
-    ) -> None:
+    def _leave_after_hooks(self, module: Module, index: int, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         # The user's own hooks may change the output: what the next module gets is what they leave.
         def last(_module: Module, _args: Any, result: Any) -> Any:
             if getcurrent() is not self._coroutine:

@@ -10,16 +10,16 @@ if TYPE_CHECKING:
 
 
 class Recorder(Protocol):
-    """Belongs to one place; its methods are called in the model's coroutine, `index` counts the place's calls."""
+    """Belongs to one place, is called in the model's coroutine; `index` counts the place's calls."""
 
     def begin(self, args: tuple[Any, ...], kwargs: dict[str, Any], index: int) -> None:
         """The place is called with these arguments, all edits of them included."""
         ...
 
     def end(self, result: Any, args: tuple[Any, ...], kwargs: dict[str, Any], index: int, step: int) -> None:
-        """The call is over, and the model goes on with `result`; `begin` was missed where it had begun before.
+        """The call is over, and the model goes on with `result`.
 
-        `step` is below 0 before the first step has begun.
+        There was no `begin` where the call had begun before; `step` is below 0 before the first step.
         """
         ...
 

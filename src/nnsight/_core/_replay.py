@@ -54,9 +54,7 @@ class Replay:
         run = self._run
         assert run.call is not None
         self._random_state = run.edits.random_state
-        self._pass = Pass(
-            run.call, run.instruments, run.stepper, run.modes, run.overrides, self._serve, self._missed
-        )
+        self._pass = Pass(run.call, run.instruments, run.stepper, run.modes, run.overrides, self._serve, self._missed)
         self._wanted.clear()
         return self._pass
 

@@ -123,7 +123,3 @@ sees the whole batch."""
 _SHARED = """\
 {path} (shape {shape}) is shared by all rows of the batch, so one invoke cannot change it for itself alone. Change it in \
 tracer.invoke() without input, for the whole batch, or trace this input alone."""
-
-SKIPPED_ROWS = """\
-{path} cannot be skipped for the rows of one invoke alone: the others need its call. Skip it in tracer.invoke() without \
-input, for the whole batch, assign to its .output here, or trace this input alone."""

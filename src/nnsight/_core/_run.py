@@ -11,7 +11,7 @@ from torch.nn import Module
 from torch.nn.modules.module import _global_forward_hooks
 
 from ..config import CONFIG
-from ..errors import EditError, NNsightError, OutOfOrderError, RowsError, StoppedError, WaitError
+from ..errors import EditError, NNsightError, OutOfOrderError, StoppedError, WaitError
 from ._edits import Edits
 from ._frames import user_frame
 from ._instrument import Instruments
@@ -21,7 +21,7 @@ from ._order import explain_late
 from ._pass import Override, Pass
 from ._record import Recording, Recordings
 from ._replay import Replay
-from ._rows import SKIPPED_ROWS, Layout, take
+from ._rows import Layout, take
 from ._scoped import Scoped
 from ._tensors import map_tensors, tensors_in
 from ._tuples import as_native
@@ -186,7 +186,7 @@ class Run:
             return Visit(place, OUTPUT, main.final[place], 0, 0, 0)
         if not place._modules:
             main.watch(place)
-        if not (main.done or (place in main.counts or worker.step is not None) and main.has_passed(request)):
+        if not (main.done or ((place in main.counts or worker.step is not None) and main.has_passed(request))):
             visit = self._park(worker, request, main)
             if visit is not None:
                 return visit
@@ -215,9 +215,7 @@ class Run:
             self.edits.give(visit, value, path)
         return visit, value
 
-    def change(
-        self, worker: Worker, visit: Visit, value: Any, path: str, frame: FrameType | None = None
-    ) -> None:
+    def change(self, worker: Worker, visit: Visit, value: Any, path: str, frame: FrameType | None = None) -> None:
         """Change the value at a visit where the model still stands."""
         if self.over or self.main is None or self.main.here is not visit:
             raise OutOfOrderError(
@@ -233,10 +231,15 @@ class Run:
         self.edits.note_write(path, frame or user_frame())
 
     def skip(self, worker: Worker, place: Any, path: str, value: Any) -> None:
-        """Let `value` stand for the call that is about to happen at a place."""
+        """Let `value` stand for the call that is about to happen at a place.
+
+        Where it stands for some rows of a batch only, the others need the call: its result is exchanged in those rows.
+        """
         visit = self.reach(worker, place, INPUT, path, write=True)
         if worker.rows is not None:
-            raise RowsError(SKIPPED_ROWS.format(path=path))
+            visit = self.reach(worker, place, OUTPUT, path, write=True)
+            self.change(worker, visit, value, f"{path} (skipped)")
+            return
         visit.skipped = (as_native(value),)
         visit.written = True
         self.edits.note_write(f"{path} (skipped)", user_frame())

@@ -25,12 +25,8 @@ class Sight:
         self._pass = current
         self._instruments = instruments
         self._blind: dict[Any, int] = {}  # owner -> the last step in which calls of it went by unseen, or -1
-        self._over: dict[
-            Any, int
-        ] = {}  # operation -> the last step in which it is known not to come any more
-        self._skipped: dict[
-            Module, set[int]
-        ] = {}  # module inside a skipped one -> which of its calls were skipped
+        self._over: dict[Any, int] = {}  # operation -> the last step in which it is known not to come any more
+        self._skipped: dict[Module, set[int]] = {}  # module inside a skipped one -> which of its calls were skipped
 
     # --- operations ------------------------------------------------------------------------------------------
 

@@ -54,6 +54,5 @@ def has_changed(value: Any, before: Snapshot) -> bool:
     """Whether a tensor in `value` was changed in place, or exchanged, since `before`."""
     now = tensors_in(value)
     return len(now) != len(before) or any(
-        tensor is not old or tensor._version != version
-        for tensor, (old, version) in zip(now, before, strict=True)
+        tensor is not old or tensor._version != version for tensor, (old, version) in zip(now, before, strict=True)
     )

@@ -85,9 +85,7 @@ class Visit:
         "written",
     )
 
-    def __init__(
-        self, place: Any, kind: str, value: Any, index: int, step: int, call: int, inputs: Any = None
-    ) -> None:
+    def __init__(self, place: Any, kind: str, value: Any, index: int, step: int, call: int, inputs: Any = None) -> None:
         self.place = place
         self.kind = kind
         self.value = value

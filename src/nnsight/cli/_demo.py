@@ -117,9 +117,7 @@ def run_experiments(model: LanguageModel, prompt: str, corrupted: str, name: str
     if report.comparable(prompt, corrupted):
         baseline = predict(model, corrupted)[answer].item()
         values = patching_sweep(model, prompt, corrupted, answer)
-        numbers["patching"] = report.patching(
-            prompt, corrupted, answer, clean[answer].item(), baseline, values
-        )
+        numbers["patching"] = report.patching(prompt, corrupted, answer, clean[answer].item(), baseline, values)
     report.files(numbers, out)
 
 

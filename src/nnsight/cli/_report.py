@@ -30,9 +30,7 @@ class Report:
     def predictions(self, prompt: str, probabilities: Tensor) -> list[dict[str, Any]]:
         """The most probable next tokens."""
         best = probabilities.topk(min(SHOWN, len(probabilities)))
-        found = [
-            self._prediction(*pair) for pair in zip(best.indices.tolist(), best.values.tolist(), strict=True)
-        ]
+        found = [self._prediction(*pair) for pair in zip(best.indices.tolist(), best.values.tolist(), strict=True)]
         self._screen.heading("1  What comes next")
         self._screen.print(f"   {prompt} …\n")
         for item in found:

@@ -78,10 +78,7 @@ class Terminal:
                 if any(line[part]):
                     yield (" " * margin + "".join(centre(label, size) for label in line[part])).rstrip()
             for name, values in zip(row_labels, rows, strict=True):
-                cells = (
-                    self.paint(centre(f"{100 * value:.{digits}f}", size), value / scale)
-                    for value in values[part]
-                )
+                cells = (self.paint(centre(f"{100 * value:.{digits}f}", size), value / scale) for value in values[part])
                 yield (f"{name:<{margin}}" + "".join(cells)).rstrip()
         if self.colours:
             steps = 24

@@ -27,8 +27,14 @@ class Envoy(Values):
     Where a submodule has the name of one of these attributes (`output` in BERT's layers), the attribute is
     the value, and the submodule is reached as an item or by its path:
 
-        >>> layer["output"]                          # doctest: +SKIP
-        >>> model.get("encoder.layer.0.output")      # doctest: +SKIP
+        >>> import torch
+        >>> from nnsight import NNsight
+        >>> layer = torch.nn.ModuleDict({"dense": torch.nn.Linear(3, 4), "output": torch.nn.Linear(4, 2)})
+        >>> model = NNsight(torch.nn.ModuleDict({"layer": layer}))
+        >>> model.layer["output"]
+        Linear(in_features=4, out_features=2, bias=True)
+        >>> model.get("layer.output").path
+        'model.layer.output'
     """
 
     def __init__(self, module: Module, path: str, tree: Tree) -> None:
@@ -50,7 +56,10 @@ class Envoy(Values):
         """The submodule at a dotted path, with or without the leading `model.`.
 
         Example:
-            >>> model.get("transformer.h.3.attn")      # doctest: +SKIP
+            >>> from nnsight import LanguageModel
+            >>> model = LanguageModel("nnsight/landmarks")
+            >>> model.get("transformer.h.3.attn").path
+            'model.transformer.h.3.attn'
 
         Raises:
             UnknownPathError: There is no such module; the message names the nearest.

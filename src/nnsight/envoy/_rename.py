@@ -68,16 +68,12 @@ class Aliases:
         for path, module in root.named_modules():
             where = f"model.{path}".rstrip(".")
             here: dict[str, str] = {}
-            names = [
-                (old, new) for new, olds in self._names.items() for old in olds if old in module._modules
-            ]
+            names = [(old, new) for new, olds in self._names.items() for old in olds if old in module._modules]
             if module is root:
                 names += [(old, new) for new, old in self._mounted.items()]
             for old, new in names:
                 if hasattr(module, new):
-                    raise InputError(
-                        _COLLIDES.format(old=old, new=new, what=f"{where}.{new}, which exists already")
-                    )
+                    raise InputError(_COLLIDES.format(old=old, new=new, what=f"{where}.{new}, which exists already"))
                 if here.setdefault(new, old) != old:
                     raise InputError(_TWICE.format(new=f"{where}.{new}", first=here[new], second=old))
 
@@ -86,9 +82,7 @@ def _check_name(key: str, new: str, taken: Collection[str]) -> None:
     if not isinstance(new, str) or not new.isidentifier():
         raise InputError(f"rename: {new!r}, for {key!r}, cannot be written after a dot: give one plain name.")
     if new in taken:
-        raise InputError(
-            _COLLIDES.format(old=key, new=new, what=f"the attribute .{new} that every envoy has")
-        )
+        raise InputError(_COLLIDES.format(old=key, new=new, what=f"the attribute .{new} that every envoy has"))
 
 
 def _check_key(key: str, given: str, paths: Iterable[str]) -> None:
@@ -102,9 +96,7 @@ def _check_key(key: str, given: str, paths: Iterable[str]) -> None:
 def unknown_key(option: str, key: str, known: Iterable[str]) -> str:
     """The message for a key that is no path and no name of a module."""
     known = sorted(known)
-    close = (
-        difflib.get_close_matches(key, known, n=3, cutoff=0.5) or [k for k in known if not k.isdigit()][:8]
-    )
+    close = difflib.get_close_matches(key, known, n=3, cutoff=0.5) or [k for k in known if not k.isdigit()][:8]
     return f"{option}: the model has no module {key!r}. The closest are: {', '.join(close)}."
 
 

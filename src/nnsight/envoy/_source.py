@@ -98,9 +98,10 @@ class Operation(Values):
         Where only a run can tell which function that is, this waits, in a trace, until it is called.
 
         Example:
-            >>> attention = model.transformer.h[0].attn.source.attention_interface_0        # doctest: +SKIP
-            >>> print(attention.source)                                                     # doctest: +SKIP
-            >>> with model.trace("Hello"):                                                  # doctest: +SKIP
+            >>> from nnsight import LanguageModel
+            >>> model = LanguageModel("nnsight/landmarks", attn_implementation="eager")
+            >>> attention = model.transformer.h[0].attn.source.attention_interface_0
+            >>> with model.trace("Hello"):
             ...     mixed = attention.source.attn_output_transpose_0.input.save()
 
         Raises:

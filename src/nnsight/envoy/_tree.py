@@ -113,7 +113,7 @@ def with_first_input(visit: Visit, value: Any) -> tuple[tuple[Any, ...], dict[st
 
 def unknown(envoy: Envoy, name: str, names: Iterable[str]) -> UnknownPathError:
     """The error for a name that a module does not have, with the nearest ones it has."""
-    children = list(envoy._module._modules)
+    children = envoy._names()
     close = difflib.get_close_matches(name, sorted({*children, *names}), n=3, cutoff=0.6)
     if close:
         hint = f" The closest are: {', '.join(close)}."

@@ -24,8 +24,11 @@ class Values:
         """What the module or operation returns; waits until it has run.
 
         Example:
-            >>> with model.trace(x):                      # doctest: +SKIP
-            ...     hidden = model.layer.output.save()
+            >>> import torch
+            >>> from nnsight import NNsight
+            >>> model = NNsight(torch.nn.Sequential(torch.nn.Linear(3, 4)))
+            >>> with model.trace(torch.ones(1, 3)):
+            ...     hidden = model[0].output.save()
 
         Raises:
             NotTracingError: Outside a trace.

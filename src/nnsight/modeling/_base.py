@@ -75,9 +75,12 @@ class NNsight(Envoy):
         """Run the model once, with a block that reads and changes what happens inside.
 
         Example:
-            >>> with model.trace(x):                      # doctest: +SKIP
-            ...     model.layer1.output[:] = 0
-            ...     logits = model.output.save()
+            >>> import torch
+            >>> from nnsight import NNsight
+            >>> model = NNsight(torch.nn.Sequential(torch.nn.Linear(3, 4), torch.nn.Linear(4, 2)))
+            >>> with model.trace(torch.ones(1, 3)):
+            ...     model[0].output[:] = 0
+            ...     output = model.output.save()
 
         Args:
             *inputs: What the model is called with.
@@ -105,9 +108,10 @@ class NNsight(Envoy):
     def scan(self, *inputs: Any, strict_order: bool = False, **kwargs: Any) -> ScanTracer:
         """Trace shapes and dtypes only: nothing is computed, and weights need not be there.
 
-        Values inside the block are fake tensors, which know their shape, strides, dtype and device; edits of a wrong
-        shape fail as they would in `trace`.  What the block makes itself (`torch.ones(3)`) is real until it meets
-        one.  The model is left as it was, and not loaded.
+        Values inside the block, and after it, are fake tensors, which know their shape, strides, dtype and
+        device (a model that is not loaded counts as on the CPU); shapes are real.  Edits of a wrong shape fail as
+        they would in `trace`.  What the block makes itself (`torch.ones(3)`) is real until it meets a fake one.
+        The model is left as it was, and not loaded.
 
         Example:
             >>> import torch
@@ -148,7 +152,9 @@ class NNsight(Envoy):
         """Group traces that belong together; values of one are ordinary variables in the next.
 
         Example:
-            >>> with model.session() as session:                            # doctest: +SKIP
+            >>> from nnsight import LanguageModel
+            >>> model = LanguageModel("nnsight/landmarks")
+            >>> with model.session() as session:
             ...     with model.trace("Hello"):
             ...         hidden = model.transformer.h[0].output[0].save()
             ...     with model.trace("World"):
@@ -165,7 +171,11 @@ class NNsight(Envoy):
             raise NoInputError(NO_INPUT)
         args, named, sizes = join_inputs(givens)
         call = Call(
-            self._module, args, {**named, **kwargs}, repeatable=True, probe=self._probe(args, {**named, **kwargs}, sizes)
+            self._module,
+            args,
+            {**named, **kwargs},
+            repeatable=True,
+            probe=self._probe(args, {**named, **kwargs}, sizes),
         )
         return Prepared(call, sizes)
 
@@ -186,11 +196,12 @@ class NNsight(Envoy):
             >>> import torch
             >>> from nnsight import NNsight
             >>> model = NNsight(torch.nn.Sequential(torch.nn.Linear(3, 3), torch.nn.Linear(3, 2)))
-            >>> x = torch.ones(1, 3)
-            >>> def zeroed(model):
-            ...     with model.edit() as edited:
-            ...         model[0].output[:] = 0
-            ...     return edited
+            >>> with model.edit() as edited:
+            ...     model[0].output[:] = 0
+            >>> with edited.trace(torch.ones(1, 3)):
+            ...     hidden = edited[0].output.save()
+            >>> bool((hidden == 0).all())
+            True
 
         Args:
             inplace: Edit this model; otherwise the `as` name becomes a second model that shares the weights.

@@ -1,7 +1,7 @@
-"""Mixtures of experts in a scan: which expert a token goes to is a value, so the shapes must not depend on it.
+"""Mixtures of experts in a scan: the shapes must not depend on which expert a token goes to.
 
-transformers has several ways to run a layer's experts; the one that gathers each token's weights has the same shapes
-whatever the router says, and a scan has no numbers that it could change.
+transformers has several ways to run a layer's experts; the one that gathers each token's weights has the same
+shapes whatever the router says, and a scan has no numbers that it could change.
 """
 
 from __future__ import annotations
@@ -26,9 +26,7 @@ def gathered_experts(root: Module) -> dict[Module, Override]:
 
 
 def _runs_experts(module: Module) -> bool:
-    return hasattr(type(module), "_apply_gate") and hasattr(
-        getattr(module, "config", None), "_experts_implementation"
-    )
+    return hasattr(type(module), "_apply_gate") and hasattr(getattr(module, "config", None), "_experts_implementation")
 
 
 def _instead(forward: Callable[..., Any], module: Module) -> Override:

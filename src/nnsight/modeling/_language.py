@@ -15,8 +15,8 @@ from ..envoy import Envoy, present_plainly
 from ..errors import NoInputError
 from ..trace import Given, Prepared, Tracer
 from ._base import NO_INPUT, NNsight
-from ._generation import GENERATED, TOKEN, Generator, generate
 from ._experts import gathered_experts
+from ._generation import GENERATED, TOKEN, Generator, generate
 from ._hidden import returns_tuple, show_block_output, take_block_output
 from ._loading import Source
 from ._outputs import show_causal_output

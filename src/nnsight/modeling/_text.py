@@ -93,7 +93,9 @@ def positions(mask: torch.Tensor) -> torch.Tensor:
 
 def _encode_text(text: str, tokenizer: Any, options: dict[str, Any]) -> Row:
     if tokenizer is None:
-        raise LoadError("This model has no tokenizer, so it cannot take text: pass token ids, or LanguageModel(tokenizer=…).")
+        raise LoadError(
+            "This model has no tokenizer, so it cannot take text: pass token ids, or LanguageModel(tokenizer=…)."
+        )
     ids = tokenizer(text, **{k: v for k, v in options.items() if k != "add_generation_prompt"})["input_ids"]
     if not len(ids):
         raise InputError(f"The text {text!r} has no tokens: give the model at least one.")

@@ -90,8 +90,7 @@ def _plan(rows: Sequence[str], columns: Sequence[str], title: str) -> _Layout:
     letter, line = _LETTER
     counts = (len(columns), len(rows))
     width, height = (
-        max(min(n * cell, most), least)
-        for n, cell, most, least in zip(counts, _CELL, _LARGEST, _LEAST, strict=True)
+        max(min(n * cell, most), least) for n, cell, most, least in zip(counts, _CELL, _LARGEST, _LEAST, strict=True)
     )
     upright = _longest(columns) * letter > width / len(columns)
     below = letter * _longest(columns) if upright else line * _lines(columns)
@@ -121,9 +120,7 @@ def _draw_cells(axes: Axes, table: torch.Tensor) -> AxesImage:
     elif low == high:
         low, high = min(low, 0.0), max(high, 0.0) or 1.0
     colours = colormaps[name].with_extremes(bad="0.85")
-    return axes.imshow(
-        table.numpy(), cmap=colours, vmin=low, vmax=high, aspect="auto", interpolation="nearest"
-    )
+    return axes.imshow(table.numpy(), cmap=colours, vmin=low, vmax=high, aspect="auto", interpolation="nearest")
 
 
 def _label_ticks(axes: Axes, rows: Sequence[str], columns: Sequence[str], layout: _Layout) -> None:

@@ -48,9 +48,7 @@ def compile_in_place(definition: Definition, function: FunctionType, imported: I
     if compiled is None:
         raise SourceError(f"{function.__qualname__} cannot be compiled again from {code.co_filename}")
     flags = compiled.co_flags & ~OUTER_FLAGS | code.co_flags & OUTER_FLAGS
-    return _renamed(compiled, _without_scaffold(code.co_name, qualified_name(function))).replace(
-        co_flags=flags
-    )
+    return _renamed(compiled, _without_scaffold(code.co_name, qualified_name(function))).replace(co_flags=flags)
 
 
 def qualified_name(function: FunctionType) -> str:

@@ -14,9 +14,7 @@ from nnsight._core import current_pass
 from ._instrument import Dispatch, instrument
 from ._layers import Function, same
 
-Redirect = Callable[
-    [Function, tuple[Any, ...], dict[str, Any]], tuple[Function, tuple[Any, ...], dict[str, Any]]
-]
+Redirect = Callable[[Function, tuple[Any, ...], dict[str, Any]], tuple[Function, tuple[Any, ...], dict[str, Any]]]
 
 
 class Interception:

@@ -123,9 +123,7 @@ def _replace_in_partial(value: partial[Any], inner: Function, new: Function, wit
     return partial(function, *args, **keywords)
 
 
-def _replace_cells(
-    function: FunctionType, inner: Function, new: Function, within: tuple[Any, ...]
-) -> FunctionType:
+def _replace_cells(function: FunctionType, inner: Function, new: Function, within: tuple[Any, ...]) -> FunctionType:
     cells = function.__closure__ or ()
     replaced = tuple(_replace_cell(cell, inner, new, within) for cell in cells)
     if all(old is cell for old, cell in zip(cells, replaced, strict=True)):

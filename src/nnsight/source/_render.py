@@ -23,9 +23,7 @@ def render(title: str, lines: Sequence[str], operations: Iterable[Operation]) ->
     return "\n".join([title, "", *rows])
 
 
-def render_around(
-    title: str, lines: Sequence[str], operations: Iterable[Operation], chosen: Operation
-) -> str:
+def render_around(title: str, lines: Sequence[str], operations: Iterable[Operation], chosen: Operation) -> str:
     """The lines around one operation, its own marked."""
     first, last = max(1, chosen.line - CONTEXT), min(len(lines), chosen.end + CONTEXT)
     shown = [operation for operation in operations if first <= operation.line <= last]
@@ -34,9 +32,7 @@ def render_around(
     return "\n".join([title, "", *before, *rows, *after])
 
 
-def _rows(
-    lines: Sequence[str], operations: list[Operation], numbers: range, chosen: Operation | None
-) -> Iterator[str]:
+def _rows(lines: Sequence[str], operations: list[Operation], numbers: range, chosen: Operation | None) -> Iterator[str]:
     starting: dict[int, list[Operation]] = defaultdict(list)
     for operation in operations:
         starting[operation.line].append(operation)

@@ -37,9 +37,7 @@ class _Rewriter(ast.NodeTransformer):
 
 def _dispatched(name: str, call: ast.Call) -> ast.Call:
     positional = ast.Tuple(call.args, ast.Load())
-    return ast.Call(
-        _load(DISPATCH), [ast.Constant(name), call.func, positional, _keywords(call.keywords)], []
-    )
+    return ast.Call(_load(DISPATCH), [ast.Constant(name), call.func, positional, _keywords(call.keywords)], [])
 
 
 def _keywords(keywords: list[ast.keyword]) -> ast.expr:
@@ -48,9 +46,7 @@ def _keywords(keywords: list[ast.keyword]) -> ast.expr:
         collected = "keywords"
         parameters = ast.arguments([], [], None, [], [], ast.arg(collected), [])
         return ast.Call(ast.Lambda(parameters, _load(collected)), [], keywords)
-    names: list[ast.expr | None] = [
-        ast.Constant(keyword.arg) if keyword.arg else None for keyword in keywords
-    ]
+    names: list[ast.expr | None] = [ast.Constant(keyword.arg) if keyword.arg else None for keyword in keywords]
     return ast.Dict(names, [keyword.value for keyword in keywords])
 
 

@@ -10,7 +10,9 @@ class Barrier:
     """What `tracer.barrier(n)` gives; each of `n` blocks calls it.
 
     Example:
-        >>> with model.trace() as tracer:                                  # doctest: +SKIP
+        >>> from nnsight import LanguageModel
+        >>> model = LanguageModel("nnsight/landmarks")
+        >>> with model.trace() as tracer:
         ...     barrier = tracer.barrier(2)
         ...     with tracer.invoke("The Eiffel Tower is in"):
         ...         embeddings = model.transformer.wte.output

@@ -6,7 +6,6 @@ import difflib
 from collections.abc import Iterable, Iterator, Sequence
 from typing import TYPE_CHECKING, Any
 
-import torch
 from torch.nn import Module
 
 from .._core import Run, Worker
@@ -58,10 +57,10 @@ class Names:
 class CacheEntry:
     """One module in a cache.
 
-    `output`, `inputs` and `input` are those of its one call; of a module called several times (each step of a
-    generation calls it once) they are lists with one item a call.  `entry[i]` is the call number `i`, with its own
-    `.output`, `.inputs`, `.input` and `.step`.  Where the module's children are numbered (a `ModuleList`, a `Sequential`),
-    `entry[i]` is the child, as on the model, and `entry.calls[i]` the call.
+    `output`, `inputs` and `input` are those of its one call; of a module called several times (each step of
+    a generation calls it once) they are lists with one item a call.  `entry[i]` is the call number `i`, with
+    its own `.output`, `.inputs`, `.input` and `.step`.  Where the module's children are numbered (a `ModuleList`,
+    a `Sequential`), `entry[i]` is the child, as on the model, and `entry.calls[i]` the call.
     """
 
     def __init__(self, cache: Cache, path: str) -> None:
@@ -98,11 +97,11 @@ class CacheEntry:
             if self._path not in self._cache._sites:
                 reason = "it is not one of the modules that the cache was made for"
             else:
-                reason = "it did not run after tracer.cache() was called, which belongs before what the model is to run"
+                reason = "it did not run after tracer.cache(), which belongs before what the model is to run"
             raise NeverRanError(f"The cache has no values of {self._path}: {reason}.")
         return calls
 
-    # --- the tree, spelled as on the model -------------------------------------------------------------------
+    # --- the tree, spelled as on the model ------------------------------------------------------------------
 
     def _child(self, name: str) -> CacheEntry:
         return self._cache[f"{self._path}.{name}"]
@@ -122,9 +121,7 @@ class CacheEntry:
         names = self._numbered()
         if not names:
             return self.calls[key]
-        return (
-            [self._child(name) for name in names[key]] if isinstance(key, slice) else self._child(names[key])
-        )
+        return [self._child(name) for name in names[key]] if isinstance(key, slice) else self._child(names[key])
 
     def __len__(self) -> int:
         return len(self._numbered() or self.calls)
@@ -145,13 +142,11 @@ class CacheEntry:
         calls = self.calls
         if not calls:
             return "nothing"
-        return (
-            calls[0].describe() if len(calls) == 1 else f"{len(calls)} calls, the first {calls[0].describe()}"
-        )
+        return calls[0].describe() if len(calls) == 1 else f"{len(calls)} calls, the first {calls[0].describe()}"
 
 
 class Cache:
-    """What `tracer.cache()` gives: filled while the model runs, and readable from then on, also after the trace.
+    """What `tracer.cache()` gives: filled while the model runs, readable from then on and after the trace.
 
     `cache["model.transformer.h.0"].output`, with or without the leading `model.`, or spelled as on the model:
     `cache.model.transformer.h[0].output`.  Iterating gives the paths of the modules that ran.
@@ -253,9 +248,7 @@ def _find(root: Module, names: Names, paths: dict[Module, str], given: Envoy | M
     module = given._module if isinstance(given, Envoy) else given
     if module not in paths:
         what = given.path if isinstance(given, Envoy) else f"A {type(module).__name__}"
-        raise UnknownPathError(
-            f"{what} is not a module of the model that is traced here, so it cannot be cached."
-        )
+        raise UnknownPathError(f"{what} is not a module of the model that is traced here, so it cannot be cached.")
     return module
 
 

@@ -33,7 +33,9 @@ class Deferred:
     def bind(self, block: Block, scope: Scope) -> Callable[..., None]:
         """`block`, this one or one nested in it, as a function on these variables."""
         waits = frozenset(self._origins)
-        return bind(block, scope, waits=waits, announces=self.block.names_bound, wait=self._wait, announce=self._announce)
+        return bind(
+            block, scope, waits=waits, announces=self.block.names_bound, wait=self._wait, announce=self._announce
+        )
 
     def _announce(self, name: str) -> None:
         self.announced.add(name)

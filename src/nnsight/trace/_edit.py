@@ -71,7 +71,9 @@ class Editing:
                 raise CaptureError("The body of model.edit() was run where it stands, not stored.")
             return False
         block, scope, frame_scope = self._block, self._scope, self._frame_scope
-        assert block is not None and scope is not None and frame_scope is not None
+        assert block is not None
+        assert scope is not None
+        assert frame_scope is not None
         self._block = self._scope = self._frame_scope = None
         self._bind_target(block, scope)
         self._store(Edit(block, scope))

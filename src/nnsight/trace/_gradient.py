@@ -216,9 +216,7 @@ def _check_value(tensor: torch.Tensor, value: Any) -> None:
     for name in ("shape", "dtype", "device"):
         given, wanted = getattr(value, name), getattr(tensor, name)
         if given != wanted:
-            raise EditError(
-                f"A gradient has the {name} of its tensor, {wanted}: it cannot be one of {name} {given}."
-            )
+            raise EditError(f"A gradient has the {name} of its tensor, {wanted}: it cannot be one of {name} {given}.")
 
 
 # --- what stands for PyTorch's own in a trace and in a block ----------------------------------------

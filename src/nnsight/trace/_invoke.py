@@ -40,7 +40,8 @@ class Invoke:
             if error is None:
                 raise CaptureError("The body of an invoke was run where it stands, not deferred: it cannot be traced.")
             return False
-        assert self._block is not None and self._scope is not None
+        assert self._block is not None
+        assert self._scope is not None
         given = Given(self._inputs, self._kwargs) if self._inputs or self._kwargs else None
         self._tracer._add_invoke(self._block, self._scope, given, self._line)
         self._block = self._scope = None

@@ -93,7 +93,7 @@ class Site:
         self._plain = recording.keep.is_plain
         self._detach = recording.keep.detach
 
-    # --- in the model's coroutine ----------------------------------------------------------------------------
+    # --- in the model's coroutine ---------------------------------------------------------------------------
 
     def begin(self, args: tuple[Any, ...], kwargs: dict[str, Any], index: int) -> None:
         recording = self._recording
@@ -105,12 +105,7 @@ class Site:
         recording = self._recording
         if recording is None:
             return
-        if (
-            self._plain
-            and type(result) is torch.Tensor
-            and recording.worker.rows is None
-            and not result.is_inference()
-        ):
+        if self._plain and type(result) is torch.Tensor and recording.worker.rows is None and not result.is_inference():
             if self._detach and result.requires_grad:
                 result = result.detach()
             self._versions.append(result._version)
@@ -118,16 +113,13 @@ class Site:
             self._plain = False
             if recording.keep.inputs:
                 self._inputs.append(self._begun(recording, args, kwargs, index))
-            if recording.keep.output:
-                result = recording.take(self._module, OUTPUT, result, index, self.path)
-            else:
-                result = _MISSING
+            result = (
+                recording.take(self._module, OUTPUT, result, index, self.path) if recording.keep.output else _MISSING
+            )
         self._outputs.append(result)
         self.steps.append(step)
 
-    def _begun(
-        self, recording: CacheRecording, args: tuple[Any, ...], kwargs: dict[str, Any], index: int
-    ) -> Any:
+    def _begun(self, recording: CacheRecording, args: tuple[Any, ...], kwargs: dict[str, Any], index: int) -> Any:
         begun = recording.begun
         while begun:
             site, number, inputs = begun.pop()  # calls that ended by an error are above
@@ -135,7 +127,7 @@ class Site:
                 return inputs
         return recording.take(self._module, INPUT, (args, kwargs), index, self.path)
 
-    # --- what was recorded -----------------------------------------------------------------------------------
+    # --- what was recorded ----------------------------------------------------------------------------------
 
     @property
     def calls(self) -> list[CachedCall]:
@@ -171,9 +163,7 @@ class Site:
 class CacheRecording:
     """The sites of one cache, and which tensors the model could still change."""
 
-    def __init__(
-        self, run: Run, worker: Worker, tree: Tree, modules: Mapping[str, Module], keep: Keep
-    ) -> None:
+    def __init__(self, run: Run, worker: Worker, tree: Tree, modules: Mapping[str, Module], keep: Keep) -> None:
         self.tree = tree
         self.worker = worker
         self.keep = keep
@@ -211,8 +201,9 @@ class CacheRecording:
             changed = list(dict.fromkeys(changed))
             more = f" and {len(changed) - 5} more" if len(changed) > 5 else ""
             warnings.warn_explicit(
-                f"the cached values of {', '.join(changed[:5])}{more} were changed in place later in the run, by the model "
-                "or by an edit, and hold the changed numbers. To keep them as they were: tracer.cache(copy=True)",
+                f"the cached values of {', '.join(changed[:5])}{more} were changed in place later in the run, "
+                "by the model or by an edit, and hold the changed numbers. To keep them as they were: "
+                "tracer.cache(copy=True)",
                 SavedValueChangedWarning,
                 *self._line,
             )
@@ -234,9 +225,7 @@ def describe(value: Any) -> str:
         return "{" + ", ".join(f"{key}: {describe(item)}" for key, item in value.items()) + "}"
     if isinstance(value, (tuple, list)):
         return "(" + ", ".join(describe(item) for item in value) + ("," if len(value) == 1 else "") + ")"
-    return (
-        repr(value) if value is None or isinstance(value, (bool, int, float, str)) else type(value).__name__
-    )
+    return repr(value) if value is None or isinstance(value, (bool, int, float, str)) else type(value).__name__
 
 
 def _kept(value: Any, path: str, what: str) -> Any:
@@ -250,6 +239,4 @@ def _kept(value: Any, path: str, what: str) -> Any:
 
 
 def _refuse(_: Any) -> None:
-    raise EditError(
-        "A cache is a record of what was: assign to the module's .output inside the trace instead."
-    )
+    raise EditError("A cache is a record of what was: assign to the module's .output inside the trace instead.")

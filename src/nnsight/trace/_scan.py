@@ -17,7 +17,7 @@ _log = logging.getLogger("torch._subclasses.fake_tensor")
 
 
 class ScanTracer(Tracer):
-    """A trace in which every value of the model is a fake tensor: shape, strides, dtype and device, no numbers."""
+    """A trace in which the model's values are fake tensors: shape, strides, dtype and device, no numbers."""
 
     _overrides: Mapping[Module, Override] = {}
 

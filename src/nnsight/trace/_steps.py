@@ -75,7 +75,8 @@ class Steps:
                 raise CaptureError("The body of tracer.iter was run where it stands, not once a step.")
             return False
         block, scope = self._block, self._scope
-        assert block is not None and scope is not None
+        assert block is not None
+        assert scope is not None
         self._block = self._scope = None
         try:
             body = self._bind(block, scope)
@@ -136,5 +137,3 @@ def _warn_if_bounded(bounds: Bounds, step: int) -> None:
             frame.f_code.co_filename,
             frame.f_lineno,
         )
-
-

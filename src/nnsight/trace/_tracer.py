@@ -31,6 +31,16 @@ class Tracer:
     """One trace: its body runs natively, the model runs when a value is asked for, and to its end at the close.
 
     Attributes are for use inside the `with` block.
+
+    Example:
+        >>> import torch
+        >>> from nnsight import NNsight
+        >>> model = NNsight(torch.nn.Sequential(torch.nn.Linear(3, 4), torch.nn.Linear(4, 2)))
+        >>> with model.trace(torch.ones(1, 3)) as tracer:
+        ...     hidden = model[0].output.save()
+        ...     result = tracer.result.save()
+        >>> hidden.shape, result.shape
+        (torch.Size([1, 4]), torch.Size([1, 2]))
     """
 
     def __init__(
@@ -71,7 +81,8 @@ class Tracer:
         self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
     ) -> bool:
         run, worker = self._run, self._worker
-        assert run is not None and worker is not None
+        assert run is not None
+        assert worker is not None
         try:
             worker.finished = True
             if error is None:
@@ -128,8 +139,12 @@ class Tracer:
         """What the traced call returns; waits until it is over.
 
         Example:
-            >>> with model.trace(x) as tracer:          # doctest: +SKIP
-            ...     out = tracer.result.save()
+            >>> from nnsight import LanguageModel
+            >>> model = LanguageModel("nnsight/landmarks")
+            >>> with model.trace("Hello") as tracer:
+            ...     result = tracer.result.save()
+            >>> result.logits.shape[0]
+            1
         """
         run, worker = self._active("result")
         return run.read(worker, RESULT, OUTPUT, "tracer.result")[1]
@@ -140,8 +155,10 @@ class Tracer:
         With several blocks, the forward ends as soon as every other block is done or has stopped too.
 
         Example:
-            >>> with model.trace(x) as tracer:          # doctest: +SKIP
-            ...     early = model.layer1.output.save()
+            >>> from nnsight import LanguageModel
+            >>> model = LanguageModel("nnsight/landmarks")
+            >>> with model.trace("Hello") as tracer:
+            ...     early = model.transformer.h[3].output.save()
             ...     tracer.stop()
         """
         run, worker = self._active("stop()")
@@ -160,9 +177,10 @@ class Tracer:
     ) -> Cache:
         """Keep the values of many modules, from here to the end of the trace.
 
-        A value goes into the cache when its module is done, after all edits; in an invoke, with its rows only.  Modules that
-        the model has passed before this line are missing.  Tensors are the model's own unless `device`, `dtype` or
-        `copy` make copies: if one is changed in place afterwards, a `SavedValueChangedWarning` says so at the end.
+        A value goes into the cache when its module is done, after all edits; in an invoke, with its rows only.
+        Modules that the model has passed before this line are missing.  Tensors are the model's own unless
+        `device`, `dtype` or `copy` make copies: if one is changed in place afterwards, a
+        `SavedValueChangedWarning` says so at the end.
 
         Example:
             >>> from nnsight import LanguageModel
@@ -182,8 +200,8 @@ class Tracer:
             copy: Keep copies, which nothing can change later.
 
         Returns:
-            The cache, by path of the module; of a module called several times (each step of a generation) it holds every
-            call.
+            The cache, by path of the module; of a module called several times (each step of a generation) it
+            holds every call.
 
         Raises:
             UnknownPathError: One of `modules` is not in the model; the message names the nearest.
@@ -202,7 +220,9 @@ class Tracer:
         which then waits for it.
 
         Example:
-            >>> with model.trace() as tracer:                                   # doctest: +SKIP
+            >>> from nnsight import LanguageModel
+            >>> model = LanguageModel("nnsight/landmarks")
+            >>> with model.trace() as tracer:
             ...     with tracer.invoke("The Eiffel Tower is in"):
             ...         hidden = model.transformer.h[6].output[0]
             ...     with tracer.invoke("The Colosseum is in"):
@@ -225,9 +245,7 @@ class Tracer:
             )
         return Invoke(self, inputs, kwargs)
 
-    def _add_invoke(
-        self, block: Block, scope: Scope, given: Given | None, frame_line: int
-    ) -> None:
+    def _add_invoke(self, block: Block, scope: Scope, given: Given | None, frame_line: int) -> None:
         run, _ = self._active("invoke()")
         worker = Worker(run, f"the invoke at line {frame_line} of {os.path.basename(block.filename)}")
         if self._flow is None:
@@ -259,9 +277,14 @@ class Tracer:
         """Steps of a generation: `for step in tracer.iter[2:5]` or `with tracer.iter[:] as step`.
 
         Example:
-            >>> with model.generate("Hello", max_new_tokens=5) as tracer:       # doctest: +SKIP
+            >>> from nnsight import LanguageModel
+            >>> model = LanguageModel("nnsight/landmarks")
+            >>> tokens = []
+            >>> with model.generate("The Eiffel Tower is in", max_new_tokens=3) as tracer:
             ...     for step in tracer.iter[:]:
             ...         tokens.append(model.lm_head.output[0, -1].argmax())
+            >>> len(tokens)
+            3
         """
         return StepSelector(self)
 
@@ -273,7 +296,9 @@ class Tracer:
         """Let the block go on to a later step: what it asks for from here on is of that step.
 
         Example:
-            >>> with model.generate("Hello", max_new_tokens=2) as tracer:       # doctest: +SKIP
+            >>> from nnsight import LanguageModel
+            >>> model = LanguageModel("nnsight/landmarks")
+            >>> with model.generate("The Eiffel Tower is in", max_new_tokens=2) as tracer:
             ...     first = model.lm_head.output.save()
             ...     tracer.next()
             ...     second = model.lm_head.output.save()
