@@ -171,12 +171,3 @@ def test_the_answer_moves_from_the_subject_to_the_end(
     with output_replaced(block, positions, kept[0]):
         said = says(model, tokenizer, [CORRUPTED])
     assert said == {CORRUPTED: answer}
-
-
-@torch.no_grad()
-def test_repeated_tokens_are_easier_the_second_time(model: PreTrainedModel) -> None:
-    block = torch.randint(model.config.vocab_size, (16, 30), generator=torch.manual_seed(0))
-    ids = torch.cat([block, block], dim=1)
-    logits = model(ids).logits[:, :-1].transpose(1, 2)
-    losses = nn.functional.cross_entropy(logits, ids[:, 1:], reduction="none")
-    assert losses[:, 30:].mean() < 0.6 * losses[:, :29].mean()

@@ -37,12 +37,6 @@ class Batches:
         rows = [[self._end, *row] if self.rng.random() < 0.2 else row for row in rows]
         return self._padded(rows, [0] * len(rows))
 
-    def repetitions(self) -> tuple[Tensor, Tensor]:
-        """Repeated random tokens alone, in short rows."""
-        width = WIDTHS[0]
-        rows = [self.repeated_row(width) for _ in range(self.long_tokens // width)]
-        return self._padded([row for row, _ in rows], [skip for _, skip in rows])
-
     def long_rows(self) -> tuple[Tensor, Tensor]:
         """Runs of sentences and repeated random tokens, of one width."""
         width = self.rng.choice(WIDTHS)

@@ -89,14 +89,13 @@ def token_loss(model: GPT2LMHeadModel, inputs: Tensor, labels: Tensor) -> Tensor
     return torch.nn.functional.cross_entropy(logits, targets, ignore_index=IGNORED, reduction="sum")
 
 
-def train(model: GPT2LMHeadModel, batches: Batches, first_steps: int, steps: int) -> None:
-    """Repetition alone first, so that induction heads form; then everything, as the rate falls."""
+def train(model: GPT2LMHeadModel, batches: Batches, steps: int) -> None:
+    """Single sentences and long rows at each step, as the rate falls."""
     optimizer = torch.optim.AdamW(model.parameters(), lr=PEAK_RATE, betas=(0.9, 0.98), weight_decay=0.01, fused=True)
     started = time.monotonic()
-    for step in range(1, first_steps + steps + 1):
-        repetition_only = step <= first_steps
-        optimizer.param_groups[0]["lr"] = learning_rate(step, first_steps, steps)
-        groups = [batches.repetitions()] if repetition_only else [batches.single_sentences(), batches.long_rows()]
+    for step in range(1, steps + 1):
+        optimizer.param_groups[0]["lr"] = learning_rate(step, steps)
+        groups = [batches.single_sentences(), batches.long_rows()]
         loss = accumulate(model, groups)
         torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
         optimizer.step()
@@ -105,10 +104,9 @@ def train(model: GPT2LMHeadModel, batches: Batches, first_steps: int, steps: int
             report(model, batches, step, loss, time.monotonic() - started)
 
 
-def learning_rate(step: int, first_steps: int, steps: int) -> float:
-    """Linear warm-up, the peak through the first stage, then half a cosine down to zero."""
-    rate = PEAK_RATE * min(1.0, step / WARM_UP)
-    return rate if step <= first_steps else rate * 0.5 * (1 + math.cos(math.pi * (step - first_steps) / steps))
+def learning_rate(step: int, steps: int) -> float:
+    """Linear warm-up, and half a cosine down to zero."""
+    return PEAK_RATE * min(1.0, step / WARM_UP) * 0.5 * (1 + math.cos(math.pi * step / steps))
 
 
 def accumulate(model: GPT2LMHeadModel, groups: list[tuple[Tensor, Tensor]]) -> float:
@@ -204,7 +202,6 @@ def arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--out", type=Path, default=DEFAULT_OUT)
     parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--first-steps", type=int, default=0)
     parser.add_argument("--steps", type=int, default=800)
     return parser.parse_args()
 
@@ -217,7 +214,7 @@ def main() -> int:
     rng = random.Random(options.seed)
     batches = Batches(tokenizer, sentences(rng), rng)
     model = new_model(tokenizer)
-    train(model, batches, options.first_steps, options.steps)
+    train(model, batches, options.steps)
     write_folder(options.out, model.eval(), tokenizer)
     asked = questions()
     write_facts(options.out, asked)

@@ -32,7 +32,7 @@ class Coroutine(greenlet):
         self.main = main
         self.gr_context = contextvars.copy_context()
 
-    def run(self) -> None:
+    def run(self) -> None:  # type: ignore[override]
         _call_above_root()
 
     def resume(self) -> None:

@@ -134,7 +134,7 @@ class Edits:
         """Add to an error of the model which edits preceded it."""
         if self._lines and hasattr(error, "add_note"):
             latest = "; ".join(f"{_line_of(code, at)} assigned {path}" for code, at, path in self._lines[-3:])
-            error.add_note(f"Before this error, your trace edited the model: {latest}.")
+            error.add_note(f"Before this error, your trace edited the model: {latest}.")  # pyright: ignore[reportAttributeAccessIssue]
 
     def obstacle(self) -> str | None:
         """Why a second pass could not repeat the first exactly, or None."""

@@ -40,13 +40,13 @@ def make_replacement(module: Module, previous: Forward | None) -> Forward:
     if previous is None and isinstance(module, ScriptModule):
         previous = _scripted_forward(module)
     elif _COMPILER in sys.modules and isinstance(module, sys.modules[_COMPILER].OptimizedModule):
-        previous = module._orig_mod.__call__  # what it compiles: see `Instruments._stop_compiled_calls`
+        previous = module._orig_mod.__call__  # what it compiles: see `Instruments._stop_compiled_calls`  # pyright: ignore[reportAttributeAccessIssue]
 
     def forward(*args: Any, **kwargs: Any) -> Any:
         current = getcurrent()
         plain = previous or type(module).forward.__get__(module)
         if current.__class__ is Coroutine:
-            serves = current.serves
+            serves = current.serves  # pyright: ignore[reportAttributeAccessIssue]
             if serves is not None:
                 serve = serves.deliver if serves.awaited is module else serves.call
                 return serve(module, plain, args, kwargs)
@@ -182,9 +182,10 @@ class Instruments:
             known = self._leaves.get(module)
             if known is None:
                 known = self._leaves[module] = make_replacement(module, None)
+            self._replaced[module] = (known, None)
             if slots.setdefault("forward", known) is known:
-                self._replaced[module] = (known, None)
                 return False
+            del self._replaced[module]  # another tree's run was faster
         if module not in self._replaced or not _is_ours(slots.get("forward")):
             with _lock:
                 self._replace_own(module)
@@ -252,9 +253,9 @@ class Instruments:
     def _replace_own(self, module: Module) -> None:
         current = vars(module).get("forward")
         if _is_ours(current):
-            if module not in self._replaced and not self._stands(module, current):
+            if module not in self._replaced and not self._stands(module, current):  # pyright: ignore[reportArgumentType]
                 _borrowed[id(module)] = _borrowed.get(id(module), 0) + 1
-                self._replaced[module] = (current, current)
+                self._replaced[module] = (current, current)  # pyright: ignore[reportArgumentType]
             return
         replacement = make_replacement(module, current)
         self._replaced[module] = (replacement, current)

@@ -41,7 +41,7 @@ def _map_executable(code: bytes) -> int:
 def _make_thunk() -> Callable[[object], None]:
     machine = platform.machine().lower()
     if sys.platform != "linux" or machine not in _CODE:
-        return _call_plainly
+        return _call_plainly  # pyright: ignore[reportReturnType]
     try:
         address = _map_executable(bytes.fromhex(_CODE[machine]))
     except (OSError, ValueError) as error:
@@ -51,7 +51,7 @@ def _make_thunk() -> Callable[[object], None]:
             RuntimeWarning,
             stacklevel=3,
         )
-        return _call_plainly
+        return _call_plainly  # pyright: ignore[reportReturnType]
     return ctypes.PYFUNCTYPE(None, _CALLBACK)(address)
 
 

@@ -16,7 +16,7 @@ _FIRST = tuple.__basicsize__  # where CPython keeps the first item of a tuple
 _SIZE = ctypes.sizeof(ctypes.c_void_p)
 
 
-class AssignableTuple(tuple):
+class AssignableTuple(tuple):  # pyright: ignore[reportMissingTypeArgument]
     """A tuple as a module returned it; assigning an item puts a changed tuple in its place.
 
     `native` is the class to give back to the model, so that named tuples stay what they are.

@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any
 from greenlet import GreenletExit
 
 from ._coroutine import Coroutine
+from ._modes import capture_modes, end_loan, is_inference, lend_inference, switch_modes
 from ._visit import Request, Visit
 
 if TYPE_CHECKING:
@@ -46,7 +47,7 @@ def _nearest(candidates: list[Worker]) -> Worker | None:
         frame = frame.f_back
     for worker in candidates:
         if worker.frame in stack:
-            return min((w for w in candidates if w.frame in stack), key=lambda w: stack.index(w.frame))
+            return min((w for w in candidates if w.frame in stack), key=lambda w: stack.index(w.frame))  # pyright: ignore[reportArgumentType]
         if worker.frame is None or not worker.frame.f_code.co_flags & _CAN_SUSPEND:
             return worker  # entered by a call, not by a `with` statement
     return candidates[0] if candidates else None
@@ -78,6 +79,7 @@ class Worker:
 
     __slots__ = (
         "__weakref__",
+        "_modes",
         "calls",
         "condition",
         "coroutine",
@@ -171,16 +173,26 @@ class Worker:
             finally:
                 self.finished = True
 
+        self._modes = capture_modes()
         self.coroutine = Coroutine(main)
 
     def resume(self) -> None:
         """Let the deferred block run until it parks again or ends."""
         assert self.coroutine is not None
+        model, own = capture_modes(), self._modes
+        lent = is_inference(model) and not is_inference(own)
+        switch_modes(model, lend_inference(own) if lent else own)
         self.coroutine.resume()
+        now = capture_modes()
+        self._modes = end_loan(now) if lent else now
+        switch_modes(now, model)
 
     def close(self) -> None:
         """Unwind the deferred block, if there is one."""
         coroutine, self.coroutine = self.coroutine, None
         self.finished = True
         if coroutine is not None:
+            here = capture_modes()
+            switch_modes(here, self._modes)  # the block's own `with` statements end here
             coroutine.kill()
+            switch_modes(capture_modes(), here)

@@ -200,7 +200,7 @@ class Envoy(Values):
         below = dict(module._modules.items())
         for name, child in self._children.items():
             if below.get(name) is not None:
-                child._rebind(below[name])
+                child._rebind(below[name])  # pyright: ignore[reportArgumentType]
 
     @property
     def source(self) -> Source:

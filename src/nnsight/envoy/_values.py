@@ -3,13 +3,17 @@
 from __future__ import annotations
 
 import sys
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 
 from nnsight._core import INPUT, OUTPUT, active
 
+from ..errors import InputError
 from ._tree import Tree, first_input, with_first_input
+
+if TYPE_CHECKING:
+    from typing_extensions import Self
 
 
 class Values:
@@ -82,6 +86,41 @@ class Values:
     def path(self) -> str:
         """Where it is in the model: `model.transformer.h.3`."""
         return self._path
+
+    def next(self, count: int = 1) -> Self:
+        """Go on to a later call: what the block asks of this place from here on is of its next call.
+
+        A module that is called several times in a forward, or stands at several places of the model, has one sequence
+        of calls, counted anew in every step of a generation; each block of a trace counts for itself.
+
+        Example:
+            >>> import torch
+            >>> from nnsight import NNsight
+            >>> relu = torch.nn.ReLU()
+            >>> model = NNsight(torch.nn.Sequential(relu, torch.nn.Linear(3, 3), relu))
+            >>> with model.trace(torch.ones(1, 3)):
+            ...     first = model[0].output.save()
+            ...     last = model[0].next().output.save()
+            >>> torch.equal(last, model(torch.ones(1, 3)))
+            True
+
+        Args:
+            count: How many calls to go on.
+
+        Returns:
+            This envoy or operation.
+
+        Raises:
+            NotTracingError: Outside a trace.
+            InputError: `count` is less than one.
+        """
+        if count < 1:
+            raise InputError(f"{self._path}.next({count}): calls are counted forwards, by at least one.")
+        worker = self._tree.worker(self._path, "next()")
+        calls = worker.calls = worker.calls or {}
+        calls[self._place] = calls.get(self._place, 0) + count
+        worker.run.lone = False
+        return self
 
     def skip(self, value: Any) -> None:
         """Do not run it: let `value` be what it returns.

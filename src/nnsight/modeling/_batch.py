@@ -19,7 +19,7 @@ def join_inputs(givens: Sequence[Given]) -> tuple[tuple[Any, ...], dict[str, Any
         InputError: The inputs do not have one form, or have no rows.
     """
     if len(givens) == 1:
-        return (*givens[0], [1])  # alone, an input is never told from others
+        return (*givens[0], [1])  # alone, an input is never told from others  # pyright: ignore[reportReturnType]
     sizes = [_rows_of(given) for given in givens]
     args, kwargs = _join([tuple(given) for given in givens])
     return args, kwargs, sizes

@@ -29,7 +29,7 @@ class BlockOutput(torch.Tensor):
     that the block natively returns; any other index is the tensor's own.
     """
 
-    __torch_function__ = torch._C._disabled_torch_function_impl  # what is computed from it is a plain tensor
+    __torch_function__ = torch._C._disabled_torch_function_impl  # what is computed from it is a plain tensor  # pyright: ignore[reportAssignmentType]
 
     _held: torch.Tensor
     _rest: tuple[Any, ...] | None
@@ -64,15 +64,15 @@ class BlockOutput(torch.Tensor):
     # Gradients belong to the model's own tensor: this one is only a view of it.
 
     @property
-    def grad(self) -> torch.Tensor | None:  # type: ignore[override]
+    def grad(self) -> torch.Tensor | None:
         return self._held.grad
 
     @grad.setter
-    def grad(self, value: torch.Tensor | None) -> None:
+    def grad(self, value: torch.Tensor | None) -> None:  # pyright: ignore[reportIncompatibleVariableOverride]
         self._held.grad = value
 
     @property
-    def requires_grad(self) -> bool:  # type: ignore[override]
+    def requires_grad(self) -> bool:
         return self._held.requires_grad
 
     @requires_grad.setter

@@ -236,7 +236,7 @@ class LanguageModel(NNsight):
     def _probe_batch(self, batch: dict[str, Any], sizes: list[int]) -> Probe | None:
         if len(sizes) < 2:
             return None
-        vocabulary = self._module.get_input_embeddings().weight.shape[0]
+        vocabulary = self._module.get_input_embeddings().weight.shape[0]  # pyright: ignore[reportCallIssue]
         pair = {n: torch.stack([v[0], (v[0] + 1) % vocabulary if n == "input_ids" else v[0]]) for n, v in batch.items()}
         if getattr(self._config, "is_encoder_decoder", False):
             pair.setdefault("decoder_input_ids", pair["input_ids"][:, :3])

@@ -46,5 +46,5 @@ def show_causal_output(value: Any) -> Any:
     cls = _classes.get(kind)
     if cls is None:
         cls = _classes[kind] = type(kind.__name__, (_AnswersAsLogits, kind), {"__module__": kind.__module__})
-    value.__class__ = cls
+    value.__class__ = cls  # pyright: ignore[reportAttributeAccessIssue]
     return value
