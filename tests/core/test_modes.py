@@ -307,3 +307,52 @@ class TestModesOfTheModel:
                     assert modes() == expected_in(torch.no_grad)
             assert modes() == PLAIN
         assert seen(net) == [expected_in(torch.no_grad)] * 3
+
+
+class TestDeferredBlocks:
+    """The block of an invoke keeps its modes where it waits, and the model and other blocks keep theirs."""
+
+    @pytest.mark.parametrize("context", [torch.no_grad, torch.inference_mode, bfloat16])
+    def test_modes_of_a_block_do_not_reach_the_model(self, context, x):
+        net, model = wrapped(Net)
+        for _ in range(2):  # the first time the rows of each value are learnt, in forwards of their own
+            for layer in net.layers:
+                layer.seen.clear()
+            with model.trace() as tracer:
+                with tracer.invoke(x):
+                    with context():
+                        model.layers[0].output
+                        model.layers[1].output
+                        inside = modes()
+                    model.layers[2].output
+                    after = modes()
+                with tracer.invoke(x):
+                    model.layers[1].output
+                    other = modes()
+        assert inside == expected_in(context)
+        assert after == other == PLAIN
+        assert seen(net) == [PLAIN] * 3
+
+    def test_modes_of_the_model_do_not_reach_a_block(self, x):
+        net, model = wrapped(Whole, torch.inference_mode)
+        with model.trace() as tracer:
+            with tracer.invoke(x):
+                model.layers[0].output[:] = 0
+                edited = model.layers[0].output.clone()
+                inside = modes()
+        assert not edited.any()
+        assert inside["grad"]
+        assert not inside["inference"]
+        assert net.layers[1].seen[-1] == expected_in(torch.inference_mode)
+
+    def test_error_inside_a_context(self, x):
+        _, model = wrapped(Net)
+        with pytest.raises(ZeroDivisionError):
+            with model.trace() as tracer:
+                with tracer.invoke(x):
+                    with torch.no_grad():
+                        model.layers[2].output
+                with tracer.invoke(x):
+                    model.layers[1].output
+                    1 / 0
+        assert modes() == PLAIN

@@ -363,6 +363,30 @@ class TestWhatCannotBeRepeated:
         for name, buffer in net.named_buffers():
             assert torch.equal(buffer, twice[name]), name
 
+    def test_parameter_changed_before(self, net, x):
+        model = NNsight(net)
+        for exchange in (False, True):
+            with torch.no_grad():
+                if exchange:
+                    net.layers[1][0].weight = torch.nn.Parameter(torch.ones(4, 4))
+                else:
+                    net.layers[1][0].weight.zero_()
+            with pytest.warns(OutOfOrderWarning):
+                with model.trace(x):
+                    model.layers[5].output
+                    late = model.layers[2].output
+            assert torch.equal(late, outputs(net, x)["layers.2"][0])
+
+    def test_buffer_with_nan(self, x):
+        net = Sequential(Linear(4, 4), ReLU())
+        net.register_buffer("unset", torch.full((2,), torch.nan))
+        model = NNsight(net)
+        with pytest.warns(OutOfOrderWarning):
+            with model.trace(x):
+                model[1].output
+                late = model[0].output
+        assert torch.equal(late, net[0](x))
+
     def test_batch_norm_in_evaluation(self, x):
         net = Sequential(Linear(4, 4), BatchNorm1d(4), ReLU(), Linear(4, 4)).eval()
         expected = outputs(net, x)
@@ -640,6 +664,14 @@ class TestNeverRan:
                 if late:
                     model.output
                 getattr(model.get(name), kind)
+
+    def test_no_warning_of_a_second_pass_that_serves_nothing(self, net, x):
+        model = NNsight(net)
+        for _ in range(2):  # warnings are errors
+            with pytest.raises(NeverRanError):
+                with model.trace(x):
+                    model.layers[3].output
+                    model.unused.output
 
     def test_write(self, net, x):
         model = NNsight(net)

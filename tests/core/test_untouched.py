@@ -472,6 +472,48 @@ class TestUnusualModules:
             assert torch.equal(out, net[1](torch.zeros(3, 4)))
             assert torch.equal(net(x), expected)
 
+    def test_traced_by_the_script_compiler(self, x):
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            inner = torch.jit.trace(Sequential(Linear(4, 4), ReLU()), x)
+        net = Sequential(inner, Linear(4, 4))
+        model = NNsight(net)
+        for _ in range(2):
+            with model.trace(x):
+                hidden = model[0].output
+                model[0].output = torch.zeros(3, 4)
+                out = model.output
+            assert torch.equal(hidden, inner(x))
+            assert torch.equal(out, net[1](torch.zeros(3, 4)))
+
+    def test_compiled_leaf_and_root(self, x):
+        net = Sequential(Linear(4, 4), ReLU())
+        net[0].compile(backend="eager")
+        net.compile(backend="eager")
+        expected = net(x)
+        before, model = [dict(vars(module)) for module in net.modules()], NNsight(net)
+        for _ in range(2):
+            with model.trace(x):
+                hidden = model[0].output
+                hidden[:] = 1
+                out = model.output
+            assert torch.equal(out, torch.ones(3, 4))
+            assert [dict(vars(module)) for module in net.modules()] == before
+            assert torch.equal(net(x), expected)
+
+    def test_compiled_wrapper_as_root(self, x):
+        net = Sequential(Linear(4, 4), ReLU())
+        compiled = torch.compile(net, backend="eager")
+        expected = compiled(x)
+        model = NNsight(compiled)
+        for _ in range(2):
+            with model.trace(x):
+                hidden = model.get("_orig_mod.0").output
+                out = model.output
+            assert torch.equal(hidden, net[0](x))
+            assert torch.equal(out, expected)
+            assert torch.equal(compiled(x), expected)
+
     def test_compiled_wrapper(self, x):
         net = Sequential(torch.compile(Sequential(Linear(4, 4), ReLU()), backend="eager"), Linear(4, 4))
         expected = net(x)

@@ -1,6 +1,7 @@
 """The body of a trace is ordinary code of the frame it stands in: wherever and however it is written."""
 
 import asyncio
+import contextlib
 import sys
 import warnings
 
@@ -223,6 +224,66 @@ class TestGenerators:
             assert torch.equal(second, net[: i + 1](x + 1))
         with pytest.raises(ValueError, match="no trace of this model is running"):
             model[0].output
+
+    def test_in_turns_with_the_body_around(self, net, model, x):
+        def layers(x):
+            with model.trace(x):
+                for envoy in model:
+                    yield envoy.output
+
+        with model.trace(x + 1) as tracer:
+            for i, inner in enumerate(layers(x)):
+                outer = model[i].output
+                assert torch.equal(inner, net[: i + 1](x))
+                assert torch.equal(outer, net[: i + 1](x + 1))
+            out = tracer.result
+        assert torch.equal(out, net(x + 1))
+
+    def test_ended_in_the_order_they_began(self, net, model, x):
+        def layers(x):
+            with model.trace(x):
+                for envoy in model:
+                    yield envoy.output
+
+        first, second = layers(x), layers(x + 1)
+        assert torch.equal(next(first), net[0](x))
+        assert torch.equal(next(second), net[0](x + 1))
+        first.close()
+        assert torch.equal(next(second), net[:2](x + 1))
+        second.close()
+        with pytest.raises(ValueError, match="no trace of this model is running"):
+            model[0].output
+
+    @pytest.mark.parametrize("kind", ["function", "class", "stack"])
+    def test_a_context_manager_inside_a_trace(self, net, model, x, kind):
+        @contextlib.contextmanager
+        def traced(x):
+            with model.trace(x):
+                yield
+
+        class Traced:
+            def __init__(self, x):
+                self.trace = model.trace(x)
+
+            def __enter__(self):
+                return self.trace.__enter__()
+
+            def __exit__(self, *error):
+                return self.trace.__exit__(*error)
+
+        def stacked(x):
+            stack = contextlib.ExitStack()
+            stack.enter_context(model.trace(x))
+            return stack
+
+        make = {"function": traced, "class": Traced, "stack": stacked}[kind]
+        with model.trace(x):
+            model[0].output
+            with make(x + 1):
+                inner = model[1].output
+            outer = model[1].output
+        assert torch.equal(inner, net[:2](x + 1))
+        assert torch.equal(outer, net[:2](x))
 
     def test_sent_values(self, net, model, x):
         def replace():

@@ -11,7 +11,7 @@ import torch
 from torch.nn import Linear, Module, ReLU, Sequential
 
 from nnsight import NNsight
-from nnsight.errors import EditError
+from nnsight.errors import EditError, InputError, NeverRanError, NotTracingError
 
 
 class Pair(NamedTuple):
@@ -439,3 +439,102 @@ class TestWrites:
             with model.trace(x):
                 out = model.output
             assert torch.equal(out, expected)
+
+
+class TestTuplesMadeInC:
+    def test_fields_and_items(self, x):
+        net, model = chain(lambda x: x.max(dim=1))
+        kind = type(x.max(dim=1))
+        with model.trace(x):
+            found = model[0].output
+            found[0] = found.values * 2
+            assert torch.equal(found.values, x.amax(1) * 2)
+            assert torch.equal(found.indices, x.argmax(1))
+        assert type(net[1].got) is kind
+        assert torch.equal(net[1].got.values, x.amax(1) * 2)
+
+    def test_size(self, x):
+        net, model = chain(lambda x: x.shape)
+        with model.trace(x):
+            assert model[0].output == (2, 3)
+            model[0].output[1] = 5
+        assert net[1].got == torch.Size([2, 5])
+        assert type(net[1].got) is torch.Size
+
+    def test_assignment_keeps_the_length(self, x):
+        _, model = chain(lambda x: (x, x))
+        with pytest.raises(EditError, match="2 items"):
+            with model.trace(x):
+                model[0].output[:1] = (x, x)
+
+
+class TestNext:
+    """A module called several times: `next()` goes on to its later calls."""
+
+    @pytest.fixture
+    def net(self):
+        torch.manual_seed(0)
+        relu = ReLU()
+        return Sequential(Linear(3, 3), relu, Linear(3, 3), relu, Linear(3, 3), relu)
+
+    def test_reads(self, net, x):
+        model = NNsight(net)
+        for _ in range(2):
+            with model.trace(x):
+                first = model[1].output
+                again = model[1].output
+                second = model[1].next().output
+                given = model[4].input
+                third = model[1].next().output
+            assert first is again
+            assert torch.equal(first, net[:2](x))
+            assert torch.equal(second, net[:4](x))
+            assert given is second
+            assert torch.equal(third, net(x))
+
+    def test_several_at_once(self, net, x):
+        model = NNsight(net)
+        for _ in range(2):
+            with model.trace(x):
+                third = model[1].next(2).output
+            assert torch.equal(third, net(x))
+
+    def test_edit(self, net, x):
+        model = NNsight(net)
+        for _ in range(2):
+            with model.trace(x):
+                model[1].next().output = torch.ones(2, 3)
+                out = model.output
+            assert torch.equal(out, net[5](net[4](torch.ones(2, 3))))
+
+    def test_input(self, net, x):
+        model = NNsight(net)
+        with model.trace(x):
+            given = model[1].next().input
+        assert torch.equal(given, net[:3](x))
+
+    def test_more_calls_than_there_are(self, net, x):
+        model = NNsight(net)
+        for _ in range(2):
+            with pytest.raises(NeverRanError, match=r"model\.1\.output.* 4 times"):
+                with model.trace(x):
+                    model[1].next(3).output
+
+    def test_backwards(self, net, x):
+        model = NNsight(net)
+        with pytest.raises(InputError, match="forwards"):
+            with model.trace(x):
+                model[1].next(-1)
+
+    def test_outside_a_trace(self, net):
+        with pytest.raises(NotTracingError):
+            NNsight(net)[1].next()
+
+    def test_the_next_trace_starts_anew(self, net, x):
+        model = NNsight(net)
+        for _ in range(2):
+            with model.trace(x):
+                model[1].next(2)
+            with model.trace(x):
+                first = model[1].output
+            assert torch.equal(first, net[:2](x))

@@ -111,7 +111,10 @@ class Program:
     barriers: tuple[tuple[str, int], ...] = ()
 
     def __repr__(self) -> str:
-        return f"<a program on {self.model}>"
+        return f"<a program on {self.model}, see below>"
+
+    def _repr_pretty_(self, printer: Any, cycle: bool) -> None:
+        printer.text(repr(self))
 
     @property
     def spec(self) -> Spec:
@@ -399,7 +402,7 @@ class _Drawing:
         found = ["read", "read"]
         if not (batched and owner is None and self.grad):
             found.append("assign")
-        if batched and not site.fresh:
+        if (batched or self.family.late) and not site.fresh:
             return found
         if self.family.gradients:
             return [*found, "inplace"] if site.safe and not self.captured else found

@@ -6,6 +6,7 @@ import linecache
 import re
 import textwrap
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 import torch
@@ -38,7 +39,12 @@ def source_of(program: Program) -> str:
 
 
 def execute(program: Program, source: str, module: torch.nn.Module) -> tuple[dict[Any, Any], dict[str, Any]]:
-    """Run the source; returns what it logged, and the names that its invokes bound."""
+    """Run the source, in a thread of its own; returns what it logged, and the names that its invokes bound."""
+    with ThreadPoolExecutor(1) as thread:
+        return thread.submit(_execute, program, source, module).result()
+
+
+def _execute(program: Program, source: str, module: torch.nn.Module) -> tuple[dict[Any, Any], dict[str, Any]]:
     spec = program.spec
     model = LanguageModel(module) if spec.tokens else NNsight(module)
     inputs = [spec.inputs(i.seed, i.rows, i.length) for i in program.inputs]

@@ -63,6 +63,7 @@ class _Spare(threading.local):
 
 
 _spare = _Spare()
+_SHALLOW = 150  # Python frames
 
 
 def borrow(main: Callable[[], None]) -> Coroutine:
@@ -70,11 +71,23 @@ def borrow(main: Callable[[], None]) -> Coroutine:
     coroutine, _spare.coroutine = _spare.coroutine, None
     if coroutine is None:
         coroutine = Coroutine(main)
+        coroutine.reusable = _is_shallow()
     else:
         coroutine.main = main
         coroutine.gr_context = contextvars.copy_context()
-    coroutine.reusable = True
     return coroutine
+
+
+def _is_shallow() -> bool:
+    # A coroutine counts its recursion from where it was first started: one from deep down, or from inside another, is
+    # not kept.
+    if getcurrent().__class__ is Coroutine:
+        return False
+    try:
+        sys._getframe(_SHALLOW)
+    except ValueError:
+        return True
+    return False
 
 
 def give_back(coroutine: Coroutine) -> None:
