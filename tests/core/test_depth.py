@@ -24,8 +24,7 @@ class Deep(nn.Module):
 def traced(depth: int) -> Tensor:
     model = NNsight(Deep())
     with model.trace(torch.ones(2), depth=depth):
-        out = model.leaf.output.save()
-    return out
+        return model.leaf.output.save()
 
 
 def far_down(levels: int) -> Tensor:

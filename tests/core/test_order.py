@@ -789,3 +789,39 @@ class TestSeveralCalls:
                     looped = model.loop.output
             assert torch.equal(after, expected["after"][0])
             assert torch.equal(looped, expected["loop"][0])
+
+
+class Aliases(Module):
+    """Gives one tensor to two children, as a residual stream does."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.second, self.last = (Linear(3, 3) for _ in range(3))
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        x = x * 1.0
+        return self.last(self.first(x) + self.second(x))
+
+
+def test_an_edit_in_place_reaches_what_else_holds_the_tensor_in_the_second_pass() -> None:
+    net = Aliases()
+    model = NNsight(net)
+    x = torch.rand(2, 3)
+    with pytest.warns(OutOfOrderWarning), model.trace(x):
+        model.first.input[:] *= 0.5
+        model.last.output
+        late = model.second.input.clone()
+    assert torch.equal(late, x * 0.5)
+
+
+def test_changed_in_place_and_then_replaced() -> None:
+    net = Aliases()
+    model = NNsight(net)
+    x = torch.rand(2, 3)
+    with pytest.warns(OutOfOrderWarning), model.trace(x):
+        model.first.input[:] *= 0.5
+        model.first.input = torch.zeros(2, 3)
+        model.last.output
+        first, second = model.first.output.clone(), model.second.input.clone()
+    assert torch.equal(first, net.first(torch.zeros(2, 3)))
+    assert torch.equal(second, x * 0.5)

@@ -251,7 +251,7 @@ class Site:
     width: int
     order: int  # where in the forward
     safe: bool  # an in-place change does not break the gradients of what made it
-    fresh: bool  # the forward meets this tensor for the first time, so nothing but what follows here has it
+    fresh: bool  # a module has just made this tensor, so that only what follows here has it
 
     @property
     def event(self) -> tuple[str, str]:
@@ -327,7 +327,7 @@ def _sites(name: str) -> tuple[Site, ...]:
     for order, ((path, kind), value) in enumerate(_observe(name).items()):
         tensors = _items(value)
         storages = {tensor.untyped_storage().data_ptr() for _, tensor in tensors}
-        fresh = not storages & set(met)
+        fresh = kind == "output" and not storages & set(met)
         met += storages
         safe = kind == "output" and type(SPECS[name].build().get_submodule(path)) is not nn.Tanh
         for item, tensor in tensors:

@@ -351,8 +351,8 @@ class _Drawing:
             done.append(action)
             self.note(index, action, step)
             back = next((s for s in self.sites if s.event == (site.path, "input")), None)
-            if site.kind == "output" and back is not None and self.chance(6):
-                done.append(Action(self.next_number(), "back", back))
+            if site.kind == "output" and back is not None and site.path != self.skipped and self.chance(6):
+                done.append(Action(self.next_number(), "back", back, only_step=action.only_step))
             if self.family.late and not waited and self.chance(2):
                 passed = [s for s in self.sites if s.order < site.order and s.path != site.path]
                 if passed:

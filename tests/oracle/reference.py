@@ -51,7 +51,7 @@ class Reference:
         self.values.setdefault(key, {})[i] = value.detach().clone()
 
     def bind(self, key: Key, i: int, value: torch.Tensor) -> None:
-        self.bound.setdefault(key, {}).setdefault(i, value)
+        self.bound.setdefault(key, {})[i] = value
         if self._running[-1].until == key:
             raise _Enough
 

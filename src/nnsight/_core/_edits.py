@@ -19,14 +19,17 @@ if TYPE_CHECKING:
 
 
 class Edit(NamedTuple):
-    """The value one visit left with, and the versions its tensors had then.
+    """What was done at one visit, and the versions the tensors had then.
 
-    `skipped` says that the value stands for the call.
+    `changed` is the model's own value where it was changed in place: whatever else of the model holds its tensors has
+    the change too.  `value` is what was put in its place, or with `skipped`, what stands for the call.
     """
 
+    changed: Any
     value: Any
-    versions: Snapshot
+    replaced: bool
     skipped: bool
+    versions: Snapshot
 
 
 class LateRead(NamedTuple):
@@ -68,7 +71,7 @@ class Edits:
         self.late_reads: list[LateRead] = []
         self.keeping = False
         self._fresh: list[torch.Tensor] = []  # tensors given since the last check, which may have been dropped
-        self._untracked = False
+        self._untracked = self._tangled = False
         self._inputs: Snapshot = []
         self._instruments: Instruments | None = None
         self._parameter_versions = 0
@@ -106,24 +109,34 @@ class Edits:
     def leave(self, visit: Visit) -> None:
         """The model goes on from `visit`: record what was done to the value."""
         changed = visit.written
+        touched: list[torch.Tensor] = []
         for value, versions, path in visit.given or ():
             for tensor, version in versions:
                 now = tensor._version
-                changed = changed or now != version
+                if now != version:
+                    changed = True
+                    touched.append(tensor)
                 self._reads.append((weakref.ref(tensor), now, path))
             if not (changed or type(value) is torch.Tensor):
                 changed = has_changed(value, versions)
         visit.given = None
         if changed and self.keeping:
+            self._record(visit, touched)
+
+    def _record(self, visit: Visit, touched: list[torch.Tensor]) -> None:
+        own = visit.before if visit.written and visit.skipped is None else visit.value
+        value = None
+        if visit.written:
             value = visit.value if visit.skipped is None else visit.skipped[0]
-            if type(value) is torch.Tensor and not value.is_inference():
-                versions = [(value, value._version)]
-            else:
-                versions = snapshot(value)
-            if versions is None:
-                self._untracked = True
-            else:
-                self.by_visit[visit.place, visit.kind, visit.index] = Edit(value, versions, visit.skipped is not None)
+        changed = own if touched and _shares(touched, tensors_in(own)) else None
+        versions = snapshot((changed, value))
+        if versions is None:
+            self._untracked = True
+            return
+        if not all(_shares([tensor], [*tensors_in(own), *tensors_in(value)]) for tensor in touched):
+            self._tangled = True
+        edit = Edit(changed, value, visit.written, visit.skipped is not None, versions)
+        self.by_visit[visit.place, visit.kind, visit.index] = edit
 
     def note_write(self, path: str, frame: FrameType | None) -> None:
         """Remember which line assigned to `path`, for the error that may follow from it."""
@@ -142,12 +155,14 @@ class Edits:
             return "a generation is not run a second time, and each place comes by once a step"
         if self._untracked:
             return "under inference mode PyTorch does not record which values were changed"
+        if self._tangled:
+            return "a value was changed in place beside the one at its place"
         if any(tensor._version != version for tensor, version in self._inputs):
             return "an input tensor was changed in place since the forward started"
         if self._instruments and self._instruments.parameter_versions() != self._parameter_versions:
             return "a parameter of the model was changed since the forward started"
         for edit in self.by_visit.values():
-            if has_changed(edit.value, edit.versions):
+            if has_changed((edit.changed, edit.value), edit.versions):
                 return "an edited value was changed in place since"
         for reference, version, path in self._reads:
             tensor = reference()
@@ -193,3 +208,9 @@ class Edits:
 def _line_of(code: CodeType, offset: int) -> str:
     number = next((line for start, end, line in code.co_lines() if start <= offset < end), None)
     return describe_line(Line(code.co_filename, number or code.co_firstlineno))
+
+
+def _shares(tensors: list[torch.Tensor], others: list[torch.Tensor]) -> bool:
+    """Whether any of `tensors` is one of `others`, or a view of the same memory."""
+    memory = {other.untyped_storage().data_ptr() for other in others}
+    return any(tensor.untyped_storage().data_ptr() in memory for tensor in tensors)

@@ -10,7 +10,7 @@ from ..errors import OutOfOrderError
 from ._order import never_ran, warn_late
 from ._pass import Pass
 from ._preserve import preserved_buffers
-from ._tensors import map_tensors
+from ._tensors import map_tensors, tensors_in
 from ._visit import OperationPlace, Request, Visit
 
 if TYPE_CHECKING:
@@ -98,11 +98,14 @@ class Replay:
     def _serve(self, visit: Visit) -> None:
         edit = self._run.edits.by_visit.get((visit.place, visit.kind, visit.index))
         if edit is not None:
-            value = map_tensors(lambda tensor: tensor.detach().clone(), edit.value)
-            if edit.skipped:
-                visit.skipped = (value,)
-            else:
-                visit.value = value
+            if edit.changed is not None:
+                _change_in_place(visit.value, edit.changed)
+            if edit.replaced:
+                value = map_tensors(lambda tensor: tensor.detach().clone(), edit.value)
+                if edit.skipped:
+                    visit.skipped = (value,)
+                else:
+                    visit.value = value
         request = self._request
         if request is not None and request.kind == visit.kind and visit.is_occurrence(request):
             assert self._pass is not None
@@ -132,6 +135,14 @@ class _RandomState:
 
     def __exit__(self, *_: object) -> None:
         self._replay.swap_random_state()
+
+
+def _change_in_place(value: Any, wanted: Any) -> None:
+    """Give the tensors of `value` the numbers of `wanted`, so that whatever else holds them has the change too."""
+    with torch.no_grad():
+        for tensor, numbers in zip(tensors_in(value), tensors_in(wanted), strict=True):
+            if not torch.equal(tensor, numbers):
+                tensor.copy_(numbers)
 
 
 _STATEFUL = """\

@@ -226,6 +226,8 @@ class Run:
         value = value if type(value) is torch.Tensor else as_native(value)
         if worker.rows is not None:
             value = self._scoped(visit, visit.kind, visit.value).merge(worker, value, path)
+        if not visit.written:
+            visit.before = visit.value
         visit.value = value
         visit.written = True
         self.edits.note_write(path, frame or user_frame())

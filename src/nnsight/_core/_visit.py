@@ -72,6 +72,7 @@ class Visit:
     """
 
     __slots__ = (
+        "before",
         "call",
         "given",
         "index",
@@ -96,6 +97,7 @@ class Visit:
         self.given: list[tuple[Any, Snapshot, str]] | None = None
         self.scoped: dict[str, Scoped] | None = None
         self.written = False
+        self.before: Any = None
         self.skipped: tuple[Any] | None = None
 
     def answers(self, request: Request) -> bool:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import sys
-from typing import TYPE_CHECKING, Any
+from typing import Any, TypeVar
 
 import torch
 
@@ -12,8 +12,7 @@ from nnsight._core import INPUT, OUTPUT, active
 from ..errors import InputError
 from ._tree import Tree, first_input, with_first_input
 
-if TYPE_CHECKING:
-    from typing_extensions import Self
+Kind = TypeVar("Kind", bound="Values")
 
 
 class Values:
@@ -87,7 +86,7 @@ class Values:
         """Where it is in the model: `model.transformer.h.3`."""
         return self._path
 
-    def next(self, count: int = 1) -> Self:
+    def next(self: Kind, count: int = 1) -> Kind:
         """Go on to a later call: what the block asks of this place from here on is of its next call.
 
         A module that is called several times in a forward, or stands at several places of the model, has one sequence

@@ -300,7 +300,7 @@ class Tracer:
             >>> model = LanguageModel("nnsight/landmarks")
             >>> with model.generate("The Eiffel Tower is in", max_new_tokens=2) as tracer:
             ...     first = model.lm_head.output.save()
-            ...     tracer.next()
+            ...     _ = tracer.next()
             ...     second = model.lm_head.output.save()
         """
         run, worker = self._active("next()")
