@@ -31,8 +31,7 @@ _COMPILED = "_compiled_call_impl"
 
 _lock = threading.Lock()
 _registry: weakref.WeakValueDictionary[int, Instruments] = weakref.WeakValueDictionary()
-_borrowed: dict[int, int] = {}  # id(module) -> how many other trees rely on its replacement
-_orphans: dict[int, tuple[Module, Forward | None]] = {}  # left in place for those, with the forward to put back
+_live: list[Instruments] = []  # the trees with a run
 
 
 def make_replacement(module: Module, previous: Forward | None) -> Forward:
@@ -110,8 +109,9 @@ class Instruments:
         self._always: list[Container] = []
         self._replaced: dict[Module, tuple[Forward, Forward | None]] = {}
         self._leaves: dict[Module, Forward] = {}
-        self._compiled: list[tuple[dict[str, Any], Any]] = []
+        self._compiled: dict[Module, Any] = {}
         self._parents: dict[Module, Module | None] = {}
+        self._members: frozenset[Module] = frozenset()
         self._eager: set[Module] = set()
         self._shared: frozenset[Module] | None = None
         self._parameters: list[weakref.ref[torch.Tensor]] = []
@@ -134,6 +134,7 @@ class Instruments:
             self._users += 1
             if self._users > 1:
                 return
+            _live.append(self)
             if self._stale():
                 self._learn()
             for container in self._always:
@@ -143,7 +144,9 @@ class Instruments:
                 else:
                     slots["forward"] = container.replacement
             if _COMPILER in sys.modules:
-                self._stop_compiled_calls(container.slots for container in self._always)
+                for container in self._always:
+                    if _COMPILED in container.slots:
+                        self._stop_compiled_calls(container.module)
 
     def remove(self) -> None:
         """Put everything back once the last concurrent run of this tree is over."""
@@ -151,13 +154,12 @@ class Instruments:
             self._users -= 1
             if self._users:
                 return
-            while self._compiled:
-                slots, compiled = self._compiled.pop()
-                if slots.get(_COMPILED) is None:
-                    slots[_COMPILED] = compiled
-            if _borrowed:
-                self._remove_carefully()
-                return
+            _live.remove(self)
+            if _live:
+                self._hand_over()
+            for module, compiled in self._compiled.items():
+                vars(module)[_COMPILED] = vars(module).get(_COMPILED) or compiled
+            self._compiled = {}
             for module, (replacement, previous) in self._replaced.items():
                 slots = vars(module)
                 if slots.get("forward") is not replacement:
@@ -167,6 +169,8 @@ class Instruments:
                 else:
                     slots["forward"] = previous
             self._replaced = {}
+            if _live:
+                return  # the containers were among these
             for container in self._always:
                 if container.slots.get("forward") is container.replacement:
                     del container.slots["forward"]
@@ -177,16 +181,16 @@ class Instruments:
             return True
         slots = vars(module)
         if _COMPILED in slots:
-            self._stop_compiled_calls((slots,))
-        if "forward" not in slots and not _borrowed:
+            self._stop_compiled_calls(module)
+        if "forward" not in slots:
             known = self._leaves.get(module)
             if known is None:
                 known = self._leaves[module] = make_replacement(module, None)
             self._replaced[module] = (known, None)
             if slots.setdefault("forward", known) is known:
                 return False
-            del self._replaced[module]  # another tree's run was faster
-        if module not in self._replaced or not _is_ours(slots.get("forward")):
+            del self._replaced[module]  # a run of another tree was faster
+        if not _is_ours(slots.get("forward")):
             with _lock:
                 self._replace_own(module)
         return False
@@ -229,13 +233,12 @@ class Instruments:
         """Every module of the tree once."""
         return self.root.modules()
 
-    def _stop_compiled_calls(self, modules: Iterable[dict[str, Any]]) -> None:
+    def _stop_compiled_calls(self, module: Module) -> None:
         # The compiler would take a replacement apart, and could not pause: during a run compiled modules run eagerly.
-        for slots in modules:
-            compiled = slots.get(_COMPILED)
-            if compiled is not None:
-                self._compiled.append((slots, compiled))
-                slots[_COMPILED] = None
+        compiled = vars(module).get(_COMPILED)
+        if compiled is not None:
+            self._compiled[module] = compiled
+            vars(module)[_COMPILED] = None
 
     def _stale(self) -> bool:
         containers = self._containers
@@ -247,59 +250,36 @@ class Instruments:
         here = {c.module for c in self._containers}
         self._always += [Container(m) for m in self._eager - here]
         self._parents = {}
+        self._members = frozenset()
         self._shared = None
         self._parameters = _find_parameters(self.root)
 
     def _replace_own(self, module: Module) -> None:
         current = vars(module).get("forward")
         if _is_ours(current):
-            if module not in self._replaced and not self._stands(module, current):  # pyright: ignore[reportArgumentType]
-                _borrowed[id(module)] = _borrowed.get(id(module), 0) + 1
-                self._replaced[module] = (current, current)  # pyright: ignore[reportArgumentType]
-            return
+            return  # another tree's, which hands it over when its run ends
         replacement = make_replacement(module, current)
         self._replaced[module] = (replacement, current)
         vars(module)["forward"] = replacement
 
-    def _stands(self, module: Module, forward: Forward) -> bool:
-        return any(c.module is module and c.replacement is forward for c in self._always)
+    def _all_modules(self) -> frozenset[Module]:
+        if not self._members:
+            self._members = frozenset(self.root.modules())
+        return self._members
 
-    def _remove_carefully(self) -> None:
-        for module, (replacement, previous) in self._replaced.items():
-            if replacement is previous:
-                _return_borrowed(module)
-            else:
-                _leave_or_remove(module, previous)
-        self._replaced.clear()
+    def _hand_over(self) -> None:
+        # What stands in modules that other trees with a run have too is theirs from now on.
         for container in self._always:
             if container.slots.get("forward") is container.replacement:
-                _leave_or_remove(container.module, None)
-
-
-def _leave_or_remove(module: Module, previous: Forward | None) -> None:
-    if _borrowed.get(id(module)):
-        _orphans[id(module)] = (module, previous)
-    else:
-        _put_back(module, previous)
-
-
-def _return_borrowed(module: Module) -> None:
-    _borrowed[id(module)] -= 1
-    if _borrowed[id(module)]:
-        return
-    del _borrowed[id(module)]
-    orphan = _orphans.pop(id(module), None)
-    if orphan is not None:
-        _put_back(*orphan)
-
-
-def _put_back(module: Module, previous: Forward | None) -> None:
-    if not _is_ours(vars(module).get("forward")):
-        return  # somebody put another one in its place
-    if previous is None:
-        vars(module).pop("forward", None)
-    else:
-        vars(module)["forward"] = previous
+                self._replaced[container.module] = (container.replacement, None)
+        for other in _live:
+            shared = other._all_modules()
+            for module in shared & self._replaced.keys():
+                entry = self._replaced.pop(module)
+                if vars(module).get("forward") is entry[0]:
+                    other._replaced[module] = entry
+            for module in shared & self._compiled.keys():
+                other._compiled[module] = self._compiled.pop(module)
 
 
 def _find_parameters(root: Module) -> list[weakref.ref[torch.Tensor]]:
