@@ -10,7 +10,7 @@ import torch
 
 from ..errors import EditError, NNsightError, OutOfOrderError
 from ._frames import Line, describe_line, user_line
-from ._tensors import Snapshot, has_changed, snapshot, tensors_in
+from ._tensors import Snapshot, has_changed, holds_others, snapshot, tensors_in
 
 if TYPE_CHECKING:
     from ._instrument import Instruments
@@ -109,6 +109,7 @@ class Edits:
     def leave(self, visit: Visit) -> None:
         """The model goes on from `visit`: record what was done to the value."""
         changed = visit.written
+        exchanged = False  # an item of a list or mapping was
         touched: list[torch.Tensor] = []
         for value, versions, path in visit.given or ():
             for tensor, version in versions:
@@ -117,16 +118,16 @@ class Edits:
                     changed = True
                     touched.append(tensor)
                 self._reads.append((weakref.ref(tensor), now, path))
-            if not (changed or type(value) is torch.Tensor):
-                changed = has_changed(value, versions)
+            if type(value) is not torch.Tensor and holds_others(value, versions):
+                exchanged = True
         visit.given = None
-        if changed and self.keeping:
-            self._record(visit, touched)
+        if (changed or exchanged) and self.keeping:
+            self._record(visit, touched, visit.written or exchanged)
 
-    def _record(self, visit: Visit, touched: list[torch.Tensor]) -> None:
+    def _record(self, visit: Visit, touched: list[torch.Tensor], replaced: bool) -> None:
         own = visit.before if visit.written and visit.skipped is None else visit.value
         value = None
-        if visit.written:
+        if replaced:
             value = visit.value if visit.skipped is None else visit.skipped[0]
         changed = own if touched and _shares(touched, tensors_in(own)) else None
         versions = snapshot((changed, value))
@@ -135,7 +136,7 @@ class Edits:
             return
         if not all(_shares([tensor], [*tensors_in(own), *tensors_in(value)]) for tensor in touched):
             self._tangled = True
-        edit = Edit(changed, value, visit.written, visit.skipped is not None, versions)
+        edit = Edit(changed, value, replaced, visit.skipped is not None, versions)
         self.by_visit[visit.place, visit.kind, visit.index] = edit
 
     def note_write(self, path: str, frame: FrameType | None) -> None:

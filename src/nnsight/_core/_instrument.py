@@ -186,10 +186,9 @@ class Instruments:
             known = self._leaves.get(module)
             if known is None:
                 known = self._leaves[module] = make_replacement(module, None)
-            self._replaced[module] = (known, None)
-            if slots.setdefault("forward", known) is known:
+            if slots.setdefault("forward", known) is known:  # else another thread was faster
+                self._replaced[module] = (known, None)
                 return False
-            del self._replaced[module]  # a run of another tree was faster
         if not _is_ours(slots.get("forward")):
             with _lock:
                 self._replace_own(module)

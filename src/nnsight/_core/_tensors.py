@@ -50,6 +50,12 @@ def snapshot(value: Any) -> Snapshot | None:
     return [(tensor, tensor._version) for tensor in tensors]
 
 
+def holds_others(value: Any, before: Snapshot) -> bool:
+    """Whether `value` holds other tensors than before."""
+    now = tensors_in(value)
+    return len(now) != len(before) or any(a is not b for a, (b, _) in zip(now, before, strict=True))
+
+
 def has_changed(value: Any, before: Snapshot) -> bool:
     """Whether a tensor in `value` was changed in place, or exchanged, since `before`."""
     now = tensors_in(value)
