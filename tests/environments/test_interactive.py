@@ -175,6 +175,8 @@ def test_interrupt_from_the_keyboard(python):
         + """
 import os, signal
 
+signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell may have had it ignored
+
 class Slow(torch.nn.Module):
     def forward(self, x):
         os.kill(os.getpid(), signal.SIGINT)

@@ -213,5 +213,5 @@ def _line_of(code: CodeType, offset: int) -> str:
 
 def _shares(tensors: list[torch.Tensor], others: list[torch.Tensor]) -> bool:
     """Whether any of `tensors` is one of `others`, or a view of the same memory."""
-    memory = {other.untyped_storage().data_ptr() for other in others}
-    return any(tensor.untyped_storage().data_ptr() in memory for tensor in tensors)
+    memory = {other.untyped_storage()._cdata for other in others}
+    return any(tensor.untyped_storage()._cdata in memory for tensor in tensors)
