@@ -94,7 +94,7 @@ class NNsight(Envoy):
         Raises:
             NoInputError: Neither here nor in an invoke was the model given an input.
         """
-        given = Given(inputs, {}) if inputs or self._gives_input(kwargs) else None
+        given = self._take_given(inputs, kwargs)
         if not trace:
             return self._prepare([given] if given else [], kwargs).call()
         return Tracer(
@@ -134,7 +134,7 @@ class NNsight(Envoy):
             NoInputError: The model was given no input.
             ScanError: A shape depends on values; the message names the module.
         """
-        given = Given(inputs, {}) if inputs or self._gives_input(kwargs) else None
+        given = self._take_given(inputs, kwargs)
         tracer = ScanTracer(
             self._tree,
             lambda givens: self._prepare(givens, kwargs),
@@ -162,9 +162,9 @@ class NNsight(Envoy):
         """
         return Session(self._tree)
 
-    def _gives_input(self, kwargs: dict[str, Any]) -> bool:
-        """Whether the keyword arguments of a trace are themselves an input."""
-        return bool(kwargs)
+    def _take_given(self, inputs: tuple[Any, ...], kwargs: dict[str, Any]) -> Given | None:
+        """The input of the trace itself; what belongs to it is taken out of `kwargs`."""
+        return Given(inputs, {}) if inputs or kwargs else None
 
     def _prepare(self, givens: list[Given], kwargs: dict[str, Any]) -> Prepared:
         if not givens:
