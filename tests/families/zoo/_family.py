@@ -64,7 +64,7 @@ def build(family: Family) -> Module:
 
 
 def _noise(tensor: torch.Tensor, generator: torch.Generator) -> torch.Tensor:
-    scale = 1 / math.sqrt(min(tensor.shape[-2:])) if tensor.dim() > 1 else 0.2
+    scale = 1 / math.sqrt(max(tensor.shape[-2:])) if tensor.dim() > 1 else 0.2
     return torch.randn(tensor.shape, generator=generator) * scale
 
 
