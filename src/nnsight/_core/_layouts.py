@@ -23,7 +23,7 @@ from ._modes import Modes
 from ._pass import Override, Pass
 from ._preserve import preserved_attributes, preserved_buffers, preserved_random_state
 from ._rows import SHARED, UNKNOWN, Layout
-from ._visit import RESULT, OperationPlace, Visit
+from ._visit import INPUT, OUTPUT, RESULT, OperationPlace, Visit
 
 if TYPE_CHECKING:
     from ._instrument import Instruments
@@ -117,9 +117,18 @@ class Layouts:
             facts.append(fact)
 
     def _observe(self, call: Callable[[], Any], places: list[Any], overrides: dict[Any, Override], look: Look) -> None:
+        seen: set[Leaf] = set()
+
         def look_at(visit: Visit) -> None:
-            for at, leaf in leaves_of(visit.value).items():
-                look(((visit.place, visit.kind, visit.call), visit.step, at), leaf.detach())
+            values = [(visit.kind, visit.value)]
+            if visit.kind == OUTPUT:
+                values.append((INPUT, visit.inputs))  # a cache has been filled since the call began
+            for kind, value in values:
+                for at, tensor in leaves_of(value).items():
+                    leaf = ((visit.place, kind, visit.call), visit.step, at)
+                    if leaf not in seen:
+                        seen.add(leaf)
+                        look(leaf, tensor.detach())
 
         root = self._instruments.root
         trial = Pass(call, self._instruments, self._stepper, Modes(False, None), overrides, look_at, _nothing)
