@@ -21,7 +21,7 @@ from ._modes import switch_modes as switch_modes
 from ._order import path_of as path_of
 from ._pass import Override as Override
 from ._preserve import Attributes as Attributes
-from ._rows import Rows as Rows
+from ._rows import split_rows as split_rows
 from ._run import Call as Call
 from ._run import Run as Run
 from ._tensors import map_tensors as map_tensors

@@ -22,7 +22,7 @@ from ._order import explain_late
 from ._pass import Override, Pass
 from ._record import Recording, Recordings
 from ._replay import Replay
-from ._rows import Layout, Rows, take
+from ._rows import BATCH_FIRST, Layout, Rows, take
 from ._scoped import Scoped
 from ._tensors import map_tensors
 from ._tuples import as_native
@@ -276,7 +276,7 @@ class Run:
         """The rows of `worker` in a value of the call number `index` of a place."""
         assert self.main is not None
         visit = Visit(place, kind, value, index, max(self.main.step, 0), self.main.call_in_step(place, index))
-        return take(value, self._layout(visit, kind, value, worker.rows.total), worker.rows, path)
+        return take(value, self._layout(visit, kind, value, worker.rows), worker.rows, path)
 
     def fail(self, error: BaseException) -> None:
         """Called by a deferred worker whose code raised: the run ends with this error."""
@@ -398,19 +398,19 @@ class Run:
         if scoped is None:
             scoped = visit.scoped = {}
         if kind not in scoped:
-            scoped[kind] = Scoped(value, self._layout(visit, kind, value, rows.total))
+            scoped[kind] = Scoped(value, self._layout(visit, kind, value, rows))
         scoped[kind].value = value
         return scoped[kind]
 
-    def _layout(self, visit: Visit, kind: str, value: Any, total: int) -> Layout:
+    def _layout(self, visit: Visit, kind: str, value: Any, rows: Rows) -> Layout:
         call = self.call
         assert call is not None
         if visit.place in call.batch_first or call.probe is None:
-            return dict.fromkeys(leaves_of(value), 0)
+            return dict.fromkeys(leaves_of(value), BATCH_FIRST)
         owner = self if call.fake else self.instruments
         if owner.layouts is None:
             owner.layouts = Layouts(self.instruments, self.stepper)
-        return owner.layouts.find(visit, kind, value, total, call.probe, self.overrides)
+        return owner.layouts.find(visit, kind, value, rows, call.probe, self.overrides)
 
     def _leave_scoped(self, visit: Visit) -> None:
         scoped = (visit.scoped or {}).get(visit.kind)
@@ -423,6 +423,7 @@ class Run:
             self._failure = error
             self.main.pause()  # type: ignore[union-attr]
         visit.written = visit.written or scoped.written
+        self.edits.note_passed(scoped.copies())
 
     def _missed(self) -> None:
         """In the model's coroutine: wake whoever waits for something that has passed."""

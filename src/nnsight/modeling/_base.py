@@ -185,9 +185,12 @@ class NNsight(Envoy):
         if len(sizes) < 2:
             return None
         places = choose_rows(sizes)
-        return lambda rows: Call(
-            self._module, *select_rows((args, kwargs), [places[row] for row in rows], sum(sizes)), repeatable=False
-        )
+
+        def make(rows: list[int]) -> Call:
+            chosen = select_rows((args, kwargs), [places[row] for row in rows], sum(sizes))
+            return Call(self._module, *chosen, repeatable=False)
+
+        return Probe(make)
 
     # --- edits -----------------------------------------------------------------------------------------------
 

@@ -31,6 +31,7 @@ _SEQUENCES: dict[str, tuple[int, float]] = {
     "input_features": (1, 0.0),
     "inputs_embeds": (1, 0.0),
 }
+_ATTACHED = ("pixel_", "image_", "images_", "video_", "videos_")
 _IDS = ("input_ids", "decoder_input_ids")
 _OF_ZEROS = ("token_type_ids", "mm_token_type_ids")  # what a model takes where they are not given
 
@@ -40,6 +41,16 @@ class Encoded(NamedTuple):
 
     rows: int
     values: dict[str, Any]
+
+    @property
+    def attached(self) -> list[str]:
+        """Names of tensors that count images or the like, of which a row of text may have any number."""
+        return [name for name in self.values if name.startswith(_ATTACHED)] if "input_ids" in self.values else []
+
+    @property
+    def units(self) -> dict[str, int]:
+        """How much of each there is."""
+        return {name: self.values[name].shape[0] for name in self.attached}
 
 
 class Padding(NamedTuple):
@@ -97,6 +108,8 @@ def _length(value: Any, name: str) -> int | None:
 
 def _join_one(name: str, parts: Sequence[Encoded], padding: Padding) -> Any:
     values: list[Any] = [part.values[name] if name in part.values else _implied(name, part) for part in parts]
+    if name.startswith(_ATTACHED) and any("input_ids" in part.values for part in parts):
+        values = [value for value in values if value is not None]
     if any(value is None for value in values):
         raise InputError(_SOME.format(name=name))
     if not all(isinstance(value, torch.Tensor) for value in values):

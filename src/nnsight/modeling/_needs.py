@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import functools
 import inspect
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from itertools import chain
 from typing import Any
 
@@ -12,7 +12,7 @@ import torch
 from torch.nn import Module
 
 from ._encodings import Encoded, Padding, positions
-from ._trial import shortest, special_tokens, trial_inputs
+from ._probe import Sampler, Special
 
 _DECODER_INPUTS = {"labels", "decoder_input_ids", "decoder_inputs_embeds"}
 
@@ -59,13 +59,13 @@ class Needs:
     def complete(self, inputs: dict[str, Any], given: dict[str, Any], *, padded: bool) -> dict[str, Any]:
         """`inputs` with the positions of padded rows, and a start for the decoder, unless `given` has its own."""
         mask = inputs.get("attention_mask")
-        if padded and self.pads_left and isinstance(mask, torch.Tensor) and mask.dim() == 2 and not bool(mask.all()):
+        if padded and self.pads_left and isinstance(mask, torch.Tensor) and mask.dim() == 2:
             own = hasattr(self._module, "get_rope_index") or hasattr(
                 getattr(self._module, "model", None), "get_rope_index"
             )
             if self.takes("position_ids") and not own:
                 inputs.setdefault("position_ids", positions(mask))
-        if self._needs_decoder_start() and not (inputs.keys() | given.keys()) & _DECODER_INPUTS:
+        if self.starts_decoder and not (inputs.keys() | given.keys()) & _DECODER_INPUTS:
             main = inputs.get(self.main, inputs.get("inputs_embeds"))
             if isinstance(main, torch.Tensor):
                 inputs["decoder_input_ids"] = self._decoder_start(main)
@@ -76,18 +76,33 @@ class Needs:
         device = self.device()
         return {n: v.to(device) if device and isinstance(v, torch.Tensor) else v for n, v in inputs.items()}
 
-    def _needs_decoder_start(self) -> bool:
+    @property
+    def starts_decoder(self) -> bool:
+        """Whether the forward wants the decoder's first token, which `generate` makes by itself."""
         return self.has_decoder and self.generates and self.takes("decoder_input_ids")
 
     def _decoder_start(self, main: torch.Tensor) -> torch.Tensor:
         start = getattr(self._config, "decoder_start_token_id", None)
         return torch.full((main.shape[0], 1), self.pad_id if start is None else start, device=main.device)
 
-    def trial(self, parts: Sequence[Encoded]) -> Callable[[list[int]], dict[str, Any]]:
-        """Arguments of trial runs on rows of two inputs like `parts`."""
+    def sampler(self, parts: Sequence[Encoded], *, padded: bool) -> Sampler:
+        """Rows like those of `parts`, for trials."""
+        part = min(parts, key=lambda part: (not part.attached, _size(part)))
         text = getattr(self._config, "text_config", None)
-        special = special_tokens(self._tokenizer, self._config, text)
-        return trial_inputs(shortest(parts), special, self._needs_decoder_start())
+        special = Special.of(self._tokenizer, self._config, text)
+        pad = self.pad_id if padded and self.takes("attention_mask") else None
+        return Sampler(part, special, self._vocabulary(part), pad=pad, pad_left=self.pads_left)
+
+    def _vocabulary(self, part: Encoded) -> int:
+        """How many token ids there are, as far as is known."""
+        text = getattr(self._config, "text_config", None)
+        found = getattr(text or self._config, "vocab_size", None)
+        if isinstance(found, int):
+            return found
+        embeddings = getattr(self._module, "get_input_embeddings", lambda: None)()
+        ids = part.values.get("input_ids")
+        least = int(ids.max()) + 1 if isinstance(ids, torch.Tensor) and not ids.is_meta else 1
+        return getattr(embeddings, "num_embeddings", least)
 
     def device(self) -> torch.device | None:
         """Where inputs belong; of a model that is spread over devices or kept on disk, where its first part computes."""
@@ -107,6 +122,10 @@ def _arguments(kind: type[Module]) -> frozenset[str]:
 @functools.cache
 def _takes_anything(kind: type[Module]) -> bool:
     return any(p.kind is p.VAR_KEYWORD for p in inspect.signature(kind.forward).parameters.values())
+
+
+def _size(part: Encoded) -> int:
+    return sum(value.numel() for value in part.values.values() if isinstance(value, torch.Tensor))
 
 
 _NO_MASK = """\

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Mapping
-from typing import Any, NamedTuple, TypeVar
+from typing import Any, NamedTuple, TypeVar, cast
 
 import torch
 from torch.nn import Module
@@ -20,6 +21,7 @@ from ._loading import Source
 from ._needs import Needs
 from ._pattern import PatternOnDemand
 from ._present import Presenter, accept, stand_in
+from ._probe import choose_rows, select_rows, two_steps
 from ._processors import RAW, Reader, part_of, split_options
 from ._tasks import classes_for
 
@@ -27,11 +29,36 @@ Kind = TypeVar("Kind", bound="TransformersModel")
 
 
 class Batch(NamedTuple):
-    """The inputs of all invokes: arguments of the forward, the rows of each invoke, and the parts they are made of."""
+    """The inputs of all invokes: arguments of the forward, and the parts they are made of."""
 
     inputs: dict[str, Any]
-    sizes: list[int]
+    groups: list[list[Encoded]]
     parts: list[Encoded]
+
+    @property
+    def sizes(self) -> list[int]:
+        """The rows of each invoke."""
+        return [sum(part.rows for part in group) for group in self.groups]
+
+    @property
+    def attached(self) -> list[dict[str, int]]:
+        """What each invoke has attached to its rows, and how much of it."""
+        counts = [Counter[str]() for _ in self.groups]
+        for count, group in zip(counts, self.groups, strict=True):
+            for part in group:
+                count.update(part.units)
+        return [dict(count) for count in counts]
+
+    @property
+    def is_padded(self) -> bool:
+        """Whether some rows are shorter than others."""
+        mask = self.inputs.get("attention_mask")
+        return isinstance(mask, torch.Tensor) and (mask.is_meta or not bool(mask.all()))
+
+    @property
+    def is_even(self) -> bool:
+        """Whether every row has one of everything that is attached to any."""
+        return all(count == part.rows for part in self.parts for count in part.units.values())
 
 
 class TransformersModel(NNsight):
@@ -226,11 +253,9 @@ class TransformersModel(NNsight):
     def _prepare(self, givens: list[Given], kwargs: dict[str, Any]) -> Prepared:
         options, kwargs = split_options(kwargs)
         batch = self._encode(givens, options)
-        needs = self._needs()
-        inputs = {**needs.complete(batch.inputs, kwargs, padded=len(batch.parts) > 1), **kwargs}
-        fixed = {name: value for name, value in kwargs.items() if not isinstance(value, torch.Tensor)}
-        call = Call(self._module, (), inputs, repeatable=True, probe=self._probe_batch(batch, fixed))
-        return Prepared(call, batch.sizes)
+        inputs = self._needs().complete(batch.inputs, kwargs, padded=len(batch.parts) > 1 and batch.is_padded)
+        call = Call(self._module, (), {**inputs, **kwargs}, repeatable=True, probe=self._probe_batch(batch, kwargs))
+        return Prepared(call, batch.sizes, batch.attached)
 
     def _prepare_generation(self, givens: list[Given], kwargs: dict[str, Any]) -> Prepared:
         options, kwargs = split_options(kwargs, generating=True)
@@ -238,17 +263,16 @@ class TransformersModel(NNsight):
         needs, inputs = self._needs(), batch.inputs
         if needs.main == "input_ids" and "input_ids" in inputs:
             inputs.setdefault("attention_mask", torch.ones_like(inputs["input_ids"]))
-        inputs = needs.place(inputs)
         kwargs.setdefault("pad_token_id", needs.pad_id)
         call = Call(
             generate,
             (),
-            {**inputs, **kwargs, "module": self._module},
+            {**needs.place(inputs), **kwargs, "module": self._module},
             repeatable=False,
-            probe=self._probe_batch(batch, {}),
+            probe=self._probe_batch(batch, kwargs, generating=True),
             batch_first=(GENERATED, TOKEN, RESULT),
         )
-        return Prepared(call, batch.sizes)
+        return Prepared(call, batch.sizes, batch.attached)
 
     def _encode(self, givens: list[Given], options: dict[str, Any]) -> Batch:
         if not givens:
@@ -259,16 +283,23 @@ class TransformersModel(NNsight):
         parts = [part for group in groups for part in group]
         if not parts:
             raise NoInputError(NO_INPUT)
-        inputs = join(parts, self._needs().padding())
-        return Batch(inputs, [sum(part.rows for part in group) for group in groups], parts)
+        return Batch(join(parts, self._needs().padding()), groups, parts)  # the tokenizer may be loaded now
 
-    def _probe_batch(self, batch: Batch, fixed: dict[str, Any]) -> Probe | None:
+    def _probe_batch(self, batch: Batch, options: dict[str, Any], *, generating: bool = False) -> Probe | None:
         if len(batch.sizes) < 2:
             return None
-        needs = self._needs()
+        needs, total = self._needs(), sum(batch.sizes)
+        sampler = needs.sampler(batch.parts, padded=batch.is_padded)
+        function = cast(Any, self._module).generate if generating else self._module
+        options = two_steps(function, options, needs.pad_id) if generating else options
+        places = choose_rows(batch.sizes)
 
-        def probe(rows: list[int]) -> Call:
-            inputs = needs.place(needs.trial(batch.parts)(rows))
-            return Call(self._module, (), {**inputs, **fixed}, repeatable=False)
+        def make(rows: list[int]) -> Call:
+            chosen = select_rows(options, [places[max(row, ~row)] for row in rows], total)
+            inputs = sampler.rows(rows)
+            if needs.starts_decoder and not generating and "decoder_input_ids" not in options:
+                inputs["decoder_input_ids"] = sampler.decoder_ids(rows)
+            inputs = needs.complete(inputs, options, padded=batch.is_padded and not generating)
+            return Call(function, (), {**inputs, **chosen}, repeatable=False)
 
-        return probe
+        return Probe(make, sampler.units, optional=batch.is_even)

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from .._capture import Block, Scope
-from .._core import OUTPUT, RESULT, Call, Rows, Run, Worker, trim
+from .._core import OUTPUT, RESULT, Call, Run, Worker, split_rows, trim
 from ..errors import InputError, NotTracingError
 from ._barrier import Barrier
 from ._cache import Cache, Modules, record_cache
@@ -124,12 +124,10 @@ class Tracer:
 
     def _make_call(self) -> Call:
         assert self._prepare is not None
-        call, sizes = self._prepare(self._given)
+        call, sizes, attached = self._prepare(self._given)
         if len(self._owners) > 1:
-            start, total = 0, sum(sizes)
-            for worker, size in zip(self._owners, sizes, strict=True):
-                worker.rows = Rows(start, size, total)
-                start += size
+            for worker, rows in zip(self._owners, split_rows(sizes, attached), strict=True):
+                worker.rows = rows
         return call
 
     # --- values of the run -----------------------------------------------------------------------------------
