@@ -13,6 +13,17 @@ from zoo.traced import first_calls, given, read, wrap
 
 from nnsight import LanguageModel
 
+
+
+def padded(family: Family) -> dict[str, torch.Tensor]:
+    """Inputs with a padded row: whether a mask is needed at all depends on its values, which a scan has not."""
+    fed = inputs(family)
+    mask = fed.get("attention_mask", torch.ones(1, 1))
+    mask[0, :3] = 0 if family.kind == "decoder" else mask[0, :3]
+    mask[0, -3:] = 0 if family.kind.startswith("encoder") else mask[0, -3:]
+    return fed
+
+
 Shapes = dict[str, tuple[torch.Size, torch.dtype]]
 
 
@@ -21,14 +32,14 @@ def shapes_of(leaves: dict[str, torch.Tensor]) -> Shapes:
 
 
 def real_shapes(family: Family) -> list[tuple[str, str, type, Shapes]]:
-    net, fed = build(family), inputs(family)
+    net, fed = build(family), padded(family)
     with torch.no_grad():
         events = first_calls(record(net, lambda: net(**fed)))
     return [(event.path, event.kind, event.native, shapes_of(event.leaves)) for event in events]
 
 
 def scanned(model: Any, family: Family, places: list[tuple[str, str, type, Shapes]]) -> list[Shapes]:
-    args, kwargs = given(family, inputs(family))
+    args, kwargs = given(family, padded(family))
     seen = []
     with torch.no_grad(), model.scan(*args, **kwargs):
         for path, kind, native, _ in places:
