@@ -14,7 +14,6 @@ from zoo.traced import first_calls, given, read, wrap
 from nnsight import LanguageModel
 
 
-
 def padded(family: Family) -> dict[str, torch.Tensor]:
     """Inputs with a padded row: whether a mask is needed at all depends on its values, which a scan has not."""
     fed = inputs(family)

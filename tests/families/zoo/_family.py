@@ -31,6 +31,7 @@ class Family:
         example: Keyword inputs of the forward for so many rows; None means token ids.
         refuses: Patterns of the places whose rows cannot be told apart in a batch, which are refused by name.
         differs: Patterns of the places whose shapes in a scan are other than in a run.
+        operations: The operation that calls a module in the attention's forward, where it is not the first by its name.
         reasons: For a capability that the family has not, why.
     """
 
@@ -45,6 +46,7 @@ class Family:
     example: Callable[[int], Inputs] | None = None
     refuses: tuple[str, ...] = ()
     differs: tuple[str, ...] = ()
+    operations: Mapping[str, str] = field(default_factory=dict)
     reasons: Mapping[str, str] = field(default_factory=dict)
 
     @property
