@@ -8,7 +8,7 @@ import pytest
 import torch
 from zoo import Family, build, inputs, prompts
 from zoo.capability import shows
-from zoo.plain import Event, copies_of, hooks, leaves_of, on_output, record
+from zoo.plain import Event, copies_of, hooks, on_output, record
 from zoo.traced import close, envoy, first_calls, own_part, read, shown, wrap
 
 from nnsight import NNsight

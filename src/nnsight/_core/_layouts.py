@@ -1,9 +1,9 @@
 """Layouts: which dimension of each value follows the batch, learnt from three small forwards.
 
-The same model runs on the rows `[a, b]`, `[a, b, c, d, a]` and `[c, d]`.  A dimension that grows from 2k to 5k
-follows the batch, and the first and the last k of the second run must be equal, since they come from the same row: that
+The same model runs on the rows `[a, b]`, `[a, b, c, d, b]` and `[c, d]`.  A dimension that grows from 2k to 5k
+follows the batch, and the second and the last k of the second run must be equal, since they come from the same row: that
 tells row-major order from any other.  A size that changes between `[a, b]` and `[c, d]` depends on the data, and a
-tensor without such a dimension whose numbers change is made from all rows together.
+tensor without such a dimension whose numbers change is made from all rows together; see `_selection` for what is picked.
 """
 
 from __future__ import annotations
@@ -11,6 +11,7 @@ from __future__ import annotations
 import re
 import weakref
 from collections.abc import Callable, Iterator
+from contextlib import nullcontext
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
@@ -23,6 +24,7 @@ from ._modes import Modes
 from ._pass import Override, Pass
 from ._preserve import preserved_attributes, preserved_buffers, preserved_random_state
 from ._rows import SHARED, UNKNOWN, Layout
+from ._selection import Selection
 from ._visit import INPUT, OUTPUT, RESULT, OperationPlace, Visit
 
 if TYPE_CHECKING:
@@ -34,7 +36,7 @@ Shape = tuple[int, ...]
 Leaf = tuple[Key, int, str]  # with the step of a generation
 Look = Callable[[Leaf, torch.Tensor], None]
 
-_PAIR, _FIVE, _OTHERS = [0, 1], [0, 1, 2, 3, 0], [2, 3]
+_PAIR, _FIVE, _OTHERS = [0, 1], [0, 1, 2, 3, 1], [2, 3]
 
 
 class Fact(NamedTuple):
@@ -100,10 +102,12 @@ class Layouts:
         self._places.add(place)
         self._asked = weakref.ref(probe)
         places = [*self._instruments.modules(), *self._places, RESULT]
-        trial = _Trial()
+        trial = _Trial(selection := Selection(self._instruments.root))
+        runs = ((_PAIR, trial.look_at_two), (_FIVE, trial.look_at_five), (_OTHERS, trial.look_again))
         try:
-            for rows, look in ((_PAIR, trial.look_at_two), (_FIVE, trial.look_at_five), (_OTHERS, trial.look_again)):
-                self._observe(probe(rows), places, overrides, look)
+            for rows, look in runs:
+                with selection if rows is _PAIR else nullcontext():
+                    self._observe(probe(rows), places, overrides, look)
         except Exception as error:
             raise RowsError(
                 "Telling the rows of several invokes apart needs small trial runs of the model, and one failed: "
@@ -128,7 +132,7 @@ class Layouts:
                     leaf = ((visit.place, kind, visit.call), visit.step, at)
                     if leaf not in seen:
                         seen.add(leaf)
-                        look(leaf, tensor.detach())
+                        look(leaf, tensor)
 
         root = self._instruments.root
         trial = Pass(call, self._instruments, self._stepper, Modes(False, None), overrides, look_at, _nothing)
@@ -150,19 +154,23 @@ class Layouts:
 class _Trial:
     """The shapes in the three runs; numbers are compared on the spot, and kept of shared tensors only."""
 
-    def __init__(self) -> None:
+    def __init__(self, selection: Selection) -> None:
+        self._selection = selection
         self._shapes: dict[Leaf, Shape] = {}
         self._dims: dict[Leaf, int] = {}
         self._shared: dict[Leaf, torch.Tensor] = {}
         self._again: set[Leaf] = set()
+        self._picked: set[Leaf] = set()
 
     def look_at_two(self, leaf: Leaf, tensor: torch.Tensor) -> None:
         self._shapes[leaf] = tuple(tensor.shape)
+        if self._selection.holds(tensor):
+            self._picked.add(leaf)
 
     def look_at_five(self, leaf: Leaf, tensor: torch.Tensor) -> None:
         dim = self._dims[leaf] = _dimension(self._shapes.get(leaf), tensor)
         if dim == SHARED:
-            self._shared[leaf] = tensor.clone()
+            self._shared[leaf] = tensor.detach().clone()
 
     def look_again(self, leaf: Leaf, tensor: torch.Tensor) -> None:
         self._again.add(leaf)
@@ -172,7 +180,7 @@ class _Trial:
 
     def conclude(self, kin: Callable[[Any], Any]) -> Iterator[tuple[Leaf, Fact]]:
         """What was found; a value that cannot be told apart at one expert of a layer cannot be at the others."""
-        everywhere = self._again & self._shapes.keys() & self._dims.keys()
+        everywhere = (self._again & self._shapes.keys() & self._dims.keys()) - self._picked
         leaves = self._again | self._shapes.keys() | self._dims.keys()
         dims = {leaf: self._dims[leaf] if leaf in everywhere else UNKNOWN for leaf in leaves}
         kinds = {leaf: (kin(leaf[0][0]), leaf[0][1], leaf[2]) for leaf in leaves}
@@ -198,7 +206,7 @@ def _is_row_major(tensor: torch.Tensor, dim: int, each: int) -> bool:
     if isinstance(tensor, FakeTensor):
         return True  # without numbers no row's can be taken for another's
     first, second, last = (tensor.narrow(dim, i * each, each) for i in (0, 1, 4))
-    if not _same(first, last):
+    if not _same(second, last):
         return False
     # Rows that are all alike tell the order only where each is a single entry.
     return each == 1 or not (torch.equal(first, second) and bool((first != first.flatten()[0]).any()))
