@@ -1,9 +1,9 @@
 """Layouts: which dimension of each value follows the batch, learnt from a few small forwards.
 
-The same model runs on the rows `[a, b]`, `[a, b, c, d, a]` and `[c, d]`.  A dimension that grows from 2k to 5k
-follows the batch, and the first and the last k of the second run must be equal, since they come from the same row: that
+The same model runs on the rows `[a, b]`, `[a, b, c, d, b]` and `[c, d]`.  A dimension that grows from 2k to 5k
+follows the batch, and the second and the last k of the second run must be equal, since they come from the same row: that
 tells row-major order from any other.  A size that changes between `[a, b]` and `[c, d]` depends on the data, and a
-tensor without such a dimension whose numbers change is made from all rows together.
+tensor without such a dimension whose numbers change is made from all rows together; see `_selection` for what is picked.
 
 Where something is attached to rows (images), a fourth run has two rows without it: what follows it does not grow there.
 """
@@ -14,6 +14,7 @@ import functools
 import re
 import weakref
 from collections.abc import Callable, Iterator, Mapping
+from contextlib import nullcontext
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
@@ -26,6 +27,7 @@ from ._modes import Modes
 from ._pass import Override, Pass
 from ._preserve import preserved_attributes, preserved_buffers, preserved_random_state
 from ._rows import SHARED, UNKNOWN, Follow, Follows, Layout, Rows
+from ._selection import Selection
 from ._visit import INPUT, OUTPUT, RESULT, OperationPlace, Visit
 
 if TYPE_CHECKING:
@@ -36,7 +38,7 @@ Shape = tuple[int, ...]
 Leaf = tuple[Key, int, str]  # with the step of a generation
 Look = Callable[[Leaf, torch.Tensor], None]
 
-_PAIR, _FIVE, _OTHERS, _BARE = [0, 1], [0, 1, 2, 3, 0], [2, 3], [0, 1, ~2, ~3]
+_PAIR, _FIVE, _OTHERS, _BARE = [0, 1], [0, 1, 2, 3, 1], [2, 3], [0, 1, ~2, ~3]
 
 
 class Probe:
@@ -128,10 +130,12 @@ class Layouts:
         self._places.add(place)
         self._asked = weakref.ref(probe)
         places = [*self._instruments.modules(), *self._places, RESULT]
-        trial = _Trial(probe)
+        trial = _Trial(probe, selection := Selection(self._instruments.root))
+        runs = ((_PAIR, trial.look_at_two), (_FIVE, trial.look_at_five), (_OTHERS, trial.look_again))
         try:
-            for rows, look in ((_PAIR, trial.look_at_two), (_FIVE, trial.look_at_five), (_OTHERS, trial.look_again)):
-                self._observe(probe.make(rows), places, overrides, look)
+            for rows, look in runs:
+                with selection if rows is _PAIR else nullcontext():
+                    self._observe(probe.make(rows), places, overrides, look)
             if probe.units:
                 self._observe_bare(probe, places, overrides, trial)
         except Exception as error:
@@ -166,7 +170,7 @@ class Layouts:
                     leaf = ((visit.place, kind, visit.call), visit.step, at)
                     if leaf not in seen:
                         seen.add(leaf)
-                        look(leaf, tensor.detach())
+                        look(leaf, tensor)
 
         root = self._instruments.root
         trial = Pass(call, self._instruments, self._stepper, Modes(False, None), overrides, look_at, _nothing)
@@ -188,7 +192,8 @@ class Layouts:
 class _Trial:
     """The shapes in the runs; numbers are compared on the spot, and kept of shared tensors only."""
 
-    def __init__(self, probe: Probe) -> None:
+    def __init__(self, probe: Probe, selection: Selection) -> None:
+        self._selection = selection
         self._units = tuple(probe.units.items())
         self._groups = probe.groups
         self._shapes: dict[Leaf, Shape] = {}
@@ -196,14 +201,17 @@ class _Trial:
         self._shared: dict[Leaf, torch.Tensor] = {}
         self._again: set[Leaf] = set()
         self._bare: dict[Leaf, Shape] | None = {} if probe.units else None
+        self._picked: set[Leaf] = set()
 
     def look_at_two(self, leaf: Leaf, tensor: torch.Tensor) -> None:
         self._shapes[leaf] = tuple(tensor.shape)
+        if self._selection.holds(tensor):
+            self._picked.add(leaf)
 
     def look_at_five(self, leaf: Leaf, tensor: torch.Tensor) -> None:
         follows = self._found[leaf] = _follows(self._shapes.get(leaf), tensor, self._groups)
         if follows == SHARED:
-            self._shared[leaf] = tensor.clone()
+            self._shared[leaf] = tensor.detach().clone()
 
     def look_again(self, leaf: Leaf, tensor: torch.Tensor) -> None:
         self._again.add(leaf)
@@ -220,7 +228,7 @@ class _Trial:
 
     def conclude(self, kin: Callable[[Any], Any]) -> Iterator[tuple[Leaf, Fact]]:
         """What was found; a value that cannot be told apart at one expert of a layer cannot be at the others."""
-        everywhere = self._again & self._shapes.keys() & self._found.keys()
+        everywhere = (self._again & self._shapes.keys() & self._found.keys()) - self._picked
         leaves = self._again | self._shapes.keys() | self._found.keys()
         found = {leaf: self._with_units(leaf) if leaf in everywhere else UNKNOWN for leaf in leaves}
         kinds = {leaf: (kin(leaf[0][0]), leaf[0][1], leaf[2]) for leaf in leaves}
@@ -277,10 +285,10 @@ def _follow(dim: int, two: int, five: torch.Tensor, most: int) -> Follow | None:
 
 
 def _tells_order(tensor: torch.Tensor, dim: int, groups: int) -> bool | None:
-    """Whether the rows differ in this order: None where the first and the last, which are the same row, do."""
+    """Whether the rows differ in this order: None where the second and the last, which are the same row, do."""
     parts = tensor.unflatten(dim, (groups, 5, -1))
     first, second, last = (parts.select(dim + 1, i) for i in (0, 1, 4))
-    return not torch.equal(first, second) if _same(first, last) else None
+    return not torch.equal(first, second) if _same(second, last) else None
 
 
 def _is_constant(tensor: torch.Tensor) -> bool:
