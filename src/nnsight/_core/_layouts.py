@@ -271,8 +271,8 @@ def _follow(dim: int, two: int, five: torch.Tensor, most: int) -> Follow | None:
     each, rest = divmod(two, 2)
     if rest or five.shape[dim] != 5 * each:
         return None
-    if isinstance(five, FakeTensor) or five.is_meta:
-        return Follow(dim, 1, each)  # without numbers no row's can be taken for another's
+    if _has_no_numbers(five.narrow(dim, 0, 1)):
+        return Follow(dim, 1, each)  # no row's can be taken for another's
     told = {n: _tells_order(five, dim, n) for n in dict.fromkeys((1, most)) if not each % n}
     certain = [groups for groups, order in told.items() if order]
     possible = [groups for groups, order in told.items() if order is not None]
@@ -296,11 +296,15 @@ def _is_constant(tensor: torch.Tensor) -> bool:
 
 
 def _same(one: torch.Tensor, other: torch.Tensor) -> bool:
-    if isinstance(one, FakeTensor) or one.is_meta:
+    if _has_no_numbers(one):
         return True
     if not one.is_floating_point():
         return bool(torch.equal(one, other))
     return torch.allclose(one, other, rtol=1e-2, atol=1e-4, equal_nan=True)
+
+
+def _has_no_numbers(tensor: torch.Tensor) -> bool:
+    return isinstance(tensor, FakeTensor) or tensor.is_meta
 
 
 def _kin(place: Any, paths: dict[Module, str]) -> Any:

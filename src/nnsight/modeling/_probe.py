@@ -40,13 +40,13 @@ def select_rows(value: Value, rows: Sequence[int], total: int) -> Value:
     return map_leaves(select, value)
 
 
-def two_steps(generate: Callable[..., Any], generation: dict[str, Any], token: int) -> dict[str, Any]:
-    """Options of a generation of two steps whose forwards have the same values as those of `generation`."""
+def two_steps(generate: Callable[..., Any], generation: dict[str, Any], token: int, pad: int) -> dict[str, Any]:
+    """Options of a generation of two steps, both to `token`, whose forwards have the values that `generation` has."""
     known = inspect.signature(generate).parameters
     if not any(parameter.kind is parameter.VAR_KEYWORD for parameter in known.values()):
         return {name: value for name, value in {**generation, "max_new_tokens": 2}.items() if name in known}
     kept = {name: value for name, value in generation.items() if name in _OF_FORWARD}
-    fixed = {"max_new_tokens": 2, "do_sample": False, "num_beams": 1, "eos_token_id": None, "pad_token_id": token}
+    fixed = {"max_new_tokens": 2, "do_sample": False, "num_beams": 1, "eos_token_id": None, "pad_token_id": pad}
     return {**kept, **fixed, "prefix_allowed_tokens_fn": lambda _row, _ids: [token]}
 
 
@@ -76,6 +76,11 @@ class Sampler:
         """The arguments of a forward on these rows; `~2` is row 2 without what is attached."""
         chosen = [self._rows[n] if n >= 0 else self._bare(self._rows[~n]) for n in numbers]
         return {name: torch.cat([row[name] for row in chosen if name in row]) for name in self._names}
+
+    @property
+    def token(self) -> int:
+        """One without a meaning of its own."""
+        return int(self._ordinary[0])
 
     def decoder_ids(self, numbers: Sequence[int]) -> torch.Tensor:
         """The first tokens of a decoder, for these rows."""

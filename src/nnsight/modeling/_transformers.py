@@ -291,7 +291,7 @@ class TransformersModel(NNsight):
         needs, total = self._needs(), sum(batch.sizes)
         sampler = needs.sampler(batch.parts, padded=batch.is_padded)
         function = cast(Any, self._module).generate if generating else self._module
-        options = two_steps(function, options, needs.pad_id) if generating else options
+        options = two_steps(function, options, sampler.token, needs.pad_id) if generating else options
         places = choose_rows(batch.sizes)
 
         def make(rows: list[int]) -> Call:
