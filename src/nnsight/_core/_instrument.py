@@ -44,12 +44,26 @@ def make_replacement(module: Module, previous: Forward | None) -> Forward:
     def forward(*args: Any, **kwargs: Any) -> Any:
         current = getcurrent()
         plain = previous or type(module).forward.__get__(module)
-        if current.__class__ is Coroutine:
-            serves = current.serves  # pyright: ignore[reportAttributeAccessIssue]
-            if serves is not None:
-                serve = serves.deliver if serves.awaited is module else serves.call
-                return serve(module, plain, args, kwargs)
-        return plain(*args, **kwargs)
+        if current.__class__ is not Coroutine:
+            return plain(*args, **kwargs)
+        serves = current.serves  # pyright: ignore[reportAttributeAccessIssue]
+        if serves is None:
+            return plain(*args, **kwargs)
+        if serves.awaited is module:
+            return serves.deliver(module, plain, args, kwargs)
+        if module in serves.attended or module in serves.overrides:
+            return serves.call(module, plain, args, kwargs)
+        # `Pass.call` for a module that nobody wants: this is where most calls go.
+        counts, running = serves.counts, serves.running
+        index = counts[module] = counts.get(module, 0) + 1
+        running.append(module)
+        try:
+            result = plain(*args, **kwargs)
+            if module in serves.attended:
+                return serves.leave(module, result, index - 1, args, kwargs)
+            return result
+        finally:
+            running.pop()
 
     # Models look at the signature of `self.forward` to decide what to pass (`generate` of transformers does).
     return functools.update_wrapper(forward, previous or type(module).forward.__get__(module), updated=())
@@ -82,15 +96,13 @@ def plain_forward(module: Module) -> Forward:
 
 
 class Container:
-    """A module with children, and what is needed to instrument it quickly and to see that it changed."""
+    """A module that is instrumented from the start of every run, and what is needed to do so quickly."""
 
-    __slots__ = ("children", "members", "module", "replacement", "slots")
+    __slots__ = ("module", "replacement", "slots")
 
     def __init__(self, module: Module) -> None:
         self.module = module
         self.slots = vars(module)
-        self.members = module._modules
-        self.children = tuple(module._modules.values())
         self.replacement = None if _never_called(module) else make_replacement(module, None)
 
 
@@ -107,6 +119,8 @@ class Instruments:
         self._users = 0
         self._containers: list[Container] = []
         self._always: list[Container] = []
+        self._members_of: list[dict[str, Module | None]] = []  # of each container, and as they were
+        self._children: list[tuple[Module | None, ...]] = []
         self._replaced: dict[Module, tuple[Forward, Forward | None]] = {}
         self._leaves: dict[Module, Forward] = {}
         self._compiled: dict[Module, Any] = {}
@@ -202,9 +216,13 @@ class Instruments:
 
     def parent(self, module: Module) -> Module | None:
         """The nearest module above `module` whose forward is called, None for the root."""
+        return self.parents().get(module)
+
+    def parents(self) -> dict[Module, Module | None]:
+        """`parent` of every module."""
         if not self._parents:
             self._parents = _find_parents(self.root)
-        return self._parents.get(module)
+        return self._parents
 
     def shared(self) -> frozenset[Module]:
         """The modules that stand at more than one place of the tree, with all inside them."""
@@ -240,14 +258,15 @@ class Instruments:
             vars(module)[_COMPILED] = None
 
     def _stale(self) -> bool:
-        containers = self._containers
-        return not containers or any(c.children != tuple(c.members.values()) for c in containers)
+        return not self._containers or self._children != [tuple(members.values()) for members in self._members_of]
 
     def _learn(self) -> None:
         self._containers = [Container(m) for m in self.root.modules() if m._modules or m is self.root]
         self._always = [c for c in self._containers if c.replacement is not None]
         here = {c.module for c in self._containers}
         self._always += [Container(m) for m in self._eager - here]
+        self._members_of = [c.module._modules for c in self._containers]
+        self._children = [tuple(members.values()) for members in self._members_of]
         self._parents = {}
         self._members = frozenset()
         self._shared = None

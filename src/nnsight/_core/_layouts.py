@@ -82,6 +82,7 @@ class Layouts:
 
         trial = Pass(call, self._instruments, self._stepper, Modes(False, None), overrides, look, _nothing)
         trial.learn(keep=False)
+        trial.attended.update(places)
         for place in places:
             trial.wanted_inputs[place] = trial.wanted_outputs[place] = 1
         trial.advance()

@@ -8,7 +8,6 @@ from typing import Any
 
 import torch
 from torch.nn import Module
-from torch.nn.modules.module import _global_forward_hooks
 
 from ..config import CONFIG
 from ..errors import EditError, NNsightError, OutOfOrderError, StoppedError, WaitError
@@ -111,13 +110,15 @@ class Run:
                 self.overrides,
                 self._serve,
                 self._missed,
-                self._begin,
+                None if self.lone else self._begin,
             )
+            self.main.hand_on = self.edits.leave
             if call.repeatable and not self.strict:
                 self.edits.note_parameters(self.instruments)
             if self.instruments.profile is None or call.fake:
                 self.main.learn(keep=not call.fake)
-            self.recordings.attach(self.main)
+            if self.recordings:
+                self.recordings.attach(self.main)
         return self.main
 
     def finish(self) -> None:
@@ -130,9 +131,12 @@ class Run:
         while not main.done and not self._is_stopped():
             main.advance()
             self._raise_failure(main)
-        self._settle(main)
-        self.edits.check_late_reads()
-        self.recordings.finish()
+        if not self.lone:
+            self._settle(main)
+        if self.edits.late_reads:
+            self.edits.check_late_reads()
+        if self.recordings:
+            self.recordings.finish()
 
     def close(self) -> None:
         """Unwind what still stands, put the modules back, and let go of every value."""
@@ -194,16 +198,15 @@ class Run:
 
     def read(self, worker: Worker, place: Any, kind: str, path: str) -> tuple[Visit, Any]:
         """The value at a place, with the visit it belongs to."""
-        if self.lone and kind == OUTPUT and not place._modules:
+        if self.lone and kind == OUTPUT:
             main = self.main or self.start()
-            hooked = place._forward_hooks or _global_forward_hooks
-            if not hooked and place not in main.counts and place not in self.overrides:
-                visit = self._await_leaf(worker, place, path, main)
+            if place not in main.counts and main.is_ahead(place):
+                visit = self._await(worker, place, path, main)
                 value = visit.value
-                if type(value) is torch.Tensor and visit is main.here and self.edits.keeping:
-                    if not value.is_inference():
-                        visit.given = [(value, [(value, value._version)], path)]
-                        return visit, value
+                if visit is main.here:
+                    if self.edits.keeping:
+                        self.edits.give(visit, value, path)
+                    return visit, value
         visit = self.reach(worker, place, kind, path)
         value = visit.value if visit.kind == kind else visit.inputs
         if worker.rows is not None:
@@ -270,6 +273,8 @@ class Run:
         """Tell recorders about every call of their places from now on."""
         self.lone = False
         self.recordings.add(recording)
+        if self.main is not None:
+            self.recordings.attach(self.main)
 
     def part(self, worker: Worker, place: Any, kind: str, value: Any, index: int, path: str) -> Any:
         """The rows of `worker` in a value of the call number `index` of a place."""
@@ -301,23 +306,16 @@ class Run:
             self._replay = Replay(self)
         return self._replay.reach(request)
 
-    def _await_leaf(self, worker: Worker, leaf: Module, path: str, main: Pass) -> Visit:
-        """`reach` for the output of a leaf that has not run yet, where nobody else wants anything."""
-        main.watch(leaf)
-        request = worker.request_for(leaf, OUTPUT, path)
-        if leaf in main.counts or main.done:
-            return self.reach(worker, leaf, OUTPUT, path)
-        worker.request = request
-        main.awaited = leaf
-        try:
-            main.advance()
-        finally:
-            worker.request = main.awaited = None
+    def _await(self, worker: Worker, module: Module, path: str, main: Pass) -> Visit:
+        """`reach` for the output of a module that is still to come, where nobody else wants anything."""
+        main.awaited = module
+        main.advance()
         here = main.here
-        if here is not None and here.place is leaf:
+        if here is not None and here.place is module:
             return here
+        main.awaited = None
         self._raise_failure(main)
-        return self._late(request, worker, False)
+        return self._late(worker.request_for(module, OUTPUT, path), worker, False)
 
     # --- the schedule ---------------------------------------------------------------------------------------
 
@@ -383,7 +381,7 @@ class Run:
                     self._let_run(worker)
         if visit.scoped is not None:
             self._leave_scoped(visit)
-        if visit.written or visit.given is not None:
+        if visit.written or visit.lent is not None or visit.given is not None:
             self.edits.leave(visit)
 
     def _begin(self) -> None:

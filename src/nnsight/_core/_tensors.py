@@ -44,10 +44,10 @@ def map_tensors(function: Callable[[torch.Tensor], Any], value: Any) -> Any:
 
 def snapshot(value: Any) -> Snapshot | None:
     """Which tensors `value` holds, at which versions; None where PyTorch keeps no versions."""
-    tensors = tensors_in(value)
-    if any(tensor.is_inference() for tensor in tensors):
+    try:
+        return [(tensor, tensor._version) for tensor in tensors_in(value)]
+    except RuntimeError:  # an inference tensor
         return None
-    return [(tensor, tensor._version) for tensor in tensors]
 
 
 def holds_others(value: Any, before: Snapshot) -> bool:
