@@ -299,7 +299,7 @@ class _Drawing:
         fitting = [
             s
             for s in self.sites
-            if s.kind == "input" and s.path in outputs and s.path and self.may_skip(s.path)
+            if s.kind == "input" and s.path in outputs and s.path and self.may_skip(s)
             and (outputs[s.path].item, outputs[s.path].layout, outputs[s.path].width) == ((), s.layout, s.width)
         ]  # fmt: skip
         if not fitting:
@@ -309,9 +309,12 @@ class _Drawing:
         self.skipped = site.path
         self.sites = [s for s in self.sites if not (site.order < s.order < end)]
 
-    def may_skip(self, path: str) -> bool:
-        """Not what fills a model's cache: the number of tokens so far is read from there."""
-        return not (self.family.generates and self.spec.cached) or path.endswith(("mlp", "norm", "ln_1", "ln_2"))
+    def may_skip(self, site: Site) -> bool:
+        if self.family.gradients and not site.differentiable:
+            return False
+        # Not what fills a model's cache: the number of tokens so far is read from there.
+        fills = self.family.generates and self.spec.cached
+        return not fills or site.path.endswith(("mlp", "norm", "ln_1", "ln_2"))
 
     def who_takes_gradients(self, owners: list[int | None]) -> set[int]:
         if not self.family.gradients:
@@ -431,6 +434,8 @@ class _Drawing:
                 continue
             if self.mixes_rows and not (own and action.full):
                 continue
+            if self.family.gradients and not own and self.owners[at] is None:
+                continue  # what the whole batch gave does not come from an invoke's own part of it
             if not own and not self.passes_on(action.site, bound_in, site, step):
                 continue
             if action.site.width != site.width or (action.full and not full):

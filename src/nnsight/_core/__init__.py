@@ -5,6 +5,11 @@ parked there is served, in the order the blocks were written, until nobody is pa
 the model goes on with the value as it was left.
 """
 
+from ._aliases import Alias as Alias
+from ._aliases import check_gradient as check_gradient
+from ._aliases import own_part as own_part
+from ._aliases import show_as as show_as
+from ._aliases import source_of_gradient as source_of_gradient
 from ._coroutine import current_pass as current_pass
 from ._fakes import Fakes as Fakes
 from ._frames import describe_line as describe_line

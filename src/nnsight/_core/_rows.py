@@ -11,7 +11,8 @@ from typing import Any, NamedTuple
 import torch
 
 from ..errors import EditError, RowsError
-from ._tensors import map_tensors, tensors_in
+from ._aliases import rows_of
+from ._tensors import map_tensors
 
 SHARED = -1  # a tensor that all rows have in common
 UNKNOWN = -2  # a tensor whose rows cannot be told apart
@@ -44,70 +45,37 @@ def take(value: Any, layout: Layout, rows: Rows, path: str) -> Any:
             return tensor
         if dim == UNKNOWN:
             raise RowsError(_UNKNOWN.format(path=path, shape=list(tensor.shape)))
-        return tensor.narrow(dim, *rows.span(tensor.shape[dim], path))
+        return rows_of(tensor, dim, *rows.span(tensor.shape[dim], path))
 
     return map_tensors(narrow, value)
 
 
-def put(value: Any, layout: Layout, rows: Rows, seen: Any, new: Any, path: str) -> Any:
-    """`new`, which stands for `rows` alone, as a value of the whole batch.
-
-    `seen` is what the block was given for these rows: a tensor of it, or of `value`, that is still in `new` means "as
-    it was".
-    """
-    whole, parts, views = tensors_in(value), tensors_in(new), tensors_in(seen)
-    if len(whole) != len(parts):
-        raise EditError(
-            f"{path} holds {len(whole)} tensors and was assigned {len(parts)}: in a batch of several invokes an assigned "
-            "value must have the form of the one it replaces."
-        )
-    merged = []
-    for i, (old, part) in enumerate(zip(whole, parts, strict=True)):
-        unchanged = part is old or (i < len(views) and part is views[i])
-        merged.append(old if unchanged else _merge(old, part, layout[i], rows, path))
-    following = iter(merged)
-    return map_tensors(lambda _: next(following), new)
-
-
-def _merge(old: torch.Tensor, part: torch.Tensor, dim: int, rows: Rows, path: str) -> torch.Tensor:
+def fit(whole: torch.Tensor, part: torch.Tensor, dim: int, rows: Rows, path: str) -> torch.Tensor:
+    """`part` as it can stand for `rows` of `whole`."""
     if dim < 0:
         kind = _SHARED if dim == SHARED else _UNKNOWN
-        raise RowsError(kind.format(path=path, shape=list(old.shape)))
-    start, size = rows.span(old.shape[dim], path)
-    expected = [*old.shape[:dim], size, *old.shape[dim + 1 :]]
+        raise RowsError(kind.format(path=path, shape=list(whole.shape)))
+    _, size = rows.span(whole.shape[dim], path)
+    expected = [*whole.shape[:dim], size, *whole.shape[dim + 1 :]]
     if list(part.shape) != expected:
         try:
-            part = part.expand(expected)
+            part = part.expand(expected).contiguous()
         except RuntimeError:
             raise EditError(
                 f"{path} was assigned a tensor of shape {list(part.shape)}; the rows of this invoke have {expected}."
             ) from None
-    end = start + size
-    pieces = (old.narrow(dim, 0, start), part.to(old), old.narrow(dim, end, old.shape[dim] - end))
+    return part.to(whole)
+
+
+def join(whole: torch.Tensor, dim: int, parts: list[tuple[Rows, torch.Tensor]], path: str) -> torch.Tensor:
+    """A tensor like `whole` with `parts` in their rows."""
+    pieces, at = [], 0
+    for rows, part in sorted(parts, key=lambda pair: pair[0].start):
+        start, size = rows.span(whole.shape[dim], path)
+        pieces += [whole.narrow(dim, at, start - at), part]
+        at = start + size
+    pieces.append(whole.narrow(dim, at, whole.shape[dim] - at))
     return torch.cat([piece for piece in pieces if piece.shape[dim]], dim)
-
-
-def join_views(value: Any, layout: Layout, views: list[tuple[Rows, Any]], path: str) -> Any:
-    """`value` composed of the views that blocks hold, so that gradients pass through them."""
-    held = [(rows, tensors_in(seen)) for rows, seen in views]
-    position = iter(range(len(layout)))
-
-    def join(tensor: torch.Tensor) -> torch.Tensor:
-        i = next(position)
-        dim = layout[i]
-        if dim < 0 or not tensor.requires_grad:
-            return tensor
-        pieces, at = [], 0
-        for rows, tensors in sorted(held, key=lambda pair: pair[0].start):
-            start, size = rows.span(tensor.shape[dim], path)
-            if start < at or tensors[i].shape[dim] != size:
-                return tensor
-            pieces += [tensor.narrow(dim, at, start - at), tensors[i]]
-            at = start + size
-        pieces.append(tensor.narrow(dim, at, tensor.shape[dim] - at))
-        return torch.cat([piece for piece in pieces if piece.shape[dim]], dim)
-
-    return map_tensors(join, value)
 
 
 _UNEVEN = """\

@@ -21,7 +21,7 @@ from ._pass import Override, Pass
 from ._record import Recording, Recordings
 from ._replay import Replay
 from ._rows import Layout, take
-from ._scoped import Scoped
+from ._scoped import Scoped, join_parts, leave_parts, settle_parts
 from ._tensors import map_tensors, tensors_in
 from ._tuples import as_native
 from ._visit import INPUT, OUTPUT, STEP, Place, Request, Visit
@@ -183,6 +183,8 @@ class Run:
         here = main.here
         if here is not None and here.place is place and here.is_occurrence(request):
             if here.kind == kind or (kind == INPUT and not write):
+                if write and here.scoped is not None:
+                    join_parts(here, worker)
                 return here
         if worker.stopped or self.edits.late_reads:
             self._check_usable(worker)
@@ -193,6 +195,8 @@ class Run:
         if not (main.done or ((place in main.counts or worker.step is not None) and main.has_passed(request))):
             visit = self._park(worker, request, main)
             if visit is not None:
+                if write and visit.scoped is not None:
+                    join_parts(visit, worker)
                 return visit
         return self._late(request, worker, write)
 
@@ -208,6 +212,8 @@ class Run:
                         self.edits.give(visit, value, path)
                     return visit, value
         visit = self.reach(worker, place, kind, path)
+        if visit.scoped is not None and visit.kind == kind:
+            join_parts(visit, worker)
         value = visit.value if visit.kind == kind else visit.inputs
         if worker.rows is not None:
             value = self._scoped(visit, kind, value).give(worker, path)
@@ -227,12 +233,15 @@ class Run:
         if isinstance(visit.place, Place) and visit.place.read_only:
             raise EditError(f"{path} can be read, not changed: change the values it is made from.")
         value = value if type(value) is torch.Tensor else as_native(value)
-        if worker.rows is not None:
-            value = self._scoped(visit, visit.kind, visit.value).merge(worker, value, path)
         if not visit.written:
             visit.before = visit.value
-        visit.value = value
         visit.written = True
+        if worker.rows is not None:
+            self._scoped(visit, visit.kind, visit.value).merge(worker, value, path)
+        else:
+            visit.value = value
+            if visit.scoped is not None and visit.kind in visit.scoped:
+                visit.scoped[visit.kind].replace(value)
         self.edits.note_write(path, frame or user_frame())
 
     def skip(self, worker: Worker, place: Any, path: str, value: Any) -> None:
@@ -379,8 +388,10 @@ class Run:
                         break
                     going = len(workers) > 1
                     self._let_run(worker)
+                    if visit.scoped is not None:
+                        self._in_rows(settle_parts, visit, worker)
         if visit.scoped is not None:
-            self._leave_scoped(visit)
+            self._in_rows(leave_parts, visit)
         if visit.written or visit.lent is not None or visit.given is not None:
             self.edits.leave(visit)
 
@@ -396,7 +407,6 @@ class Run:
             scoped = visit.scoped = {}
         if kind not in scoped:
             scoped[kind] = Scoped(value, self._layout(visit, kind, value))
-        scoped[kind].value = value
         return scoped[kind]
 
     def _layout(self, visit: Visit, kind: str, value: Any) -> Layout:
@@ -409,17 +419,12 @@ class Run:
             owner.layouts = Layouts(self.instruments, self.stepper)
         return owner.layouts.find(visit, kind, value, call.probe, self.overrides)
 
-    def _leave_scoped(self, visit: Visit) -> None:
-        scoped = (visit.scoped or {}).get(visit.kind)
-        if scoped is None:
-            return
-        scoped.value = visit.value
+    def _in_rows(self, step: Callable[..., None], visit: Visit, *given: Any) -> None:
         try:
-            visit.value = scoped.leave()
+            step(visit, *given)
         except NNsightError as error:
             self._failure = error
-            self.main.pause()  # type: ignore[union-attr]
-        visit.written = visit.written or scoped.written
+            self.main.pause()  # type: ignore[union-attr]  # called in its coroutine
 
     def _missed(self) -> None:
         """In the model's coroutine: wake whoever waits for something that has passed."""

@@ -24,6 +24,17 @@ def tensors_in(value: Any) -> list[torch.Tensor]:
     return [tensor for item in value for tensor in tensors_in(item)]
 
 
+def constants_in(value: Any) -> list[Any]:
+    """Everything but the tensors in nested tuples, lists and mappings, keys included."""
+    if isinstance(value, torch.Tensor):
+        return []
+    if isinstance(value, dict):
+        return [*value, *(constant for item in value.values() for constant in constants_in(item))]
+    if isinstance(value, (tuple, list)):
+        return [constant for item in value for constant in constants_in(item)]
+    return [value]
+
+
 def map_tensors(function: Callable[[torch.Tensor], Any], value: Any) -> Any:
     """`value` with `function` applied to its tensors, in containers of the same classes."""
     if isinstance(value, torch.Tensor):
