@@ -253,6 +253,7 @@ class Site:
     safe: bool  # an in-place change does not break the gradients of what made it
     differentiable: bool  # something before it has parameters
     fresh: bool  # a module has just made this tensor, so that only what follows here has it
+    memory: int  # places with the same number have the same tensor, or views of it
 
     @property
     def event(self) -> tuple[str, str]:
@@ -324,6 +325,7 @@ def _events(name: str) -> dict[tuple[str, str], int]:
 @functools.cache
 def _sites(name: str) -> tuple[Site, ...]:
     found, met = [], []
+    numbers: dict[int, int] = {}
     for order, ((path, kind), value) in enumerate(_observe(name).items()):
         tensors = _items(value)
         storages = {tensor.untyped_storage().data_ptr() for _, tensor in tensors}
@@ -333,7 +335,11 @@ def _sites(name: str) -> tuple[Site, ...]:
         for item, tensor in tensors:
             layout = _layout_of(tensor)
             if layout is not None:
-                found.append(Site(path, kind, item, layout, tensor.shape[-1], order, safe, tensor.requires_grad, fresh))
+                memory = numbers.setdefault(tensor.untyped_storage().data_ptr(), len(numbers))
+                needs_grad = tensor.requires_grad
+                found.append(
+                    Site(path, kind, item, layout, tensor.shape[-1], order, safe, needs_grad, fresh, memory)
+                )
     return tuple(found)
 
 

@@ -86,7 +86,7 @@ class Alias(torch.Tensor):
 
 
 class RowsTensor(Alias):
-    """Some rows of a tensor of the model: `start` to `start + size` of its dimension `dim`."""
+    """Some rows of a tensor of the model; `_where` they are in `_held`, as `narrow` takes it."""
 
     _where: tuple[int, int, int]
     _alone: torch.Tensor | None = None
@@ -138,14 +138,14 @@ class FakeRowsTensor(RowsTensor, FakeTensor):  # type: ignore[reportIncompatible
     """The same in a scan."""
 
 
-def rows_of(tensor: torch.Tensor, dim: int, start: int, size: int) -> torch.Tensor:
-    """Part of `tensor` as a view, with the gradients that arrive at `tensor` where there can be any."""
+def rows_of(tensor: torch.Tensor, dim: int, start: int, size: int, source: torch.Tensor, at: int) -> torch.Tensor:
+    """Part of `tensor` as a view, with the gradients that arrive at `source` from `at` on where there can be any."""
     part = tensor.narrow(dim, start, size)
     if not (tensor.requires_grad or torch.is_grad_enabled()) or not _may_have_gradients(tensor):
         return part
     shown = cast(RowsTensor, _as_class(part, FakeRowsTensor if isinstance(tensor, FakeTensor) else RowsTensor))
-    shown._held = tensor
-    shown._where = dim, start, size
+    shown._held = source
+    shown._where = dim, at, size
     return shown
 
 

@@ -12,11 +12,13 @@ import torch
 
 from ..errors import EditError, RowsError
 from ._aliases import rows_of
+from ._joins import Joins, Piece
 from ._tensors import map_tensors
 
 SHARED = -1  # a tensor that all rows have in common
 UNKNOWN = -2  # a tensor whose rows cannot be told apart
 
+Parts = list[tuple["Rows", torch.Tensor]]
 Layout = list[int]  # for each tensor in a value, the dimension that follows the batch, or one of the above
 
 
@@ -35,7 +37,7 @@ class Rows(NamedTuple):
         return self.start * each, self.size * each
 
 
-def take(value: Any, layout: Layout, rows: Rows, path: str) -> Any:
+def take(value: Any, layout: Layout, rows: Rows, path: str, joins: Joins) -> Any:
     """`value` with every tensor narrowed to `rows`; views, so that in-place edits reach the model."""
     dims = iter(layout)
 
@@ -45,7 +47,8 @@ def take(value: Any, layout: Layout, rows: Rows, path: str) -> Any:
             return tensor
         if dim == UNKNOWN:
             raise RowsError(_UNKNOWN.format(path=path, shape=list(tensor.shape)))
-        return rows_of(tensor, dim, *rows.span(tensor.shape[dim], path))
+        start, size = rows.span(tensor.shape[dim], path)
+        return rows_of(tensor, dim, start, size, *joins.source(tensor, dim, start, size))
 
     return map_tensors(narrow, value)
 
@@ -67,15 +70,15 @@ def fit(whole: torch.Tensor, part: torch.Tensor, dim: int, rows: Rows, path: str
     return part.to(whole)
 
 
-def join(whole: torch.Tensor, dim: int, parts: list[tuple[Rows, torch.Tensor]], path: str) -> torch.Tensor:
-    """A tensor like `whole` with `parts` in their rows."""
-    pieces, at = [], 0
+def pieces_of(whole: torch.Tensor, dim: int, parts: Parts) -> list[Piece]:
+    """What a tensor like `whole` with `parts` in their rows is made of, in order."""
+    found, at = [], 0
     for rows, part in sorted(parts, key=lambda pair: pair[0].start):
-        start, size = rows.span(whole.shape[dim], path)
-        pieces += [whole.narrow(dim, at, start - at), part]
+        start, size = rows.span(whole.shape[dim], "")
+        found += [Piece(whole, at, start - at), Piece(part, 0, size)]
         at = start + size
-    pieces.append(whole.narrow(dim, at, whole.shape[dim] - at))
-    return torch.cat([piece for piece in pieces if piece.shape[dim]], dim)
+    found.append(Piece(whole, at, whole.shape[dim] - at))
+    return [piece for piece in found if piece.size]
 
 
 _UNEVEN = """\

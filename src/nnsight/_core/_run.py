@@ -14,6 +14,7 @@ from ..errors import EditError, NNsightError, OutOfOrderError, StoppedError, Wai
 from ._edits import Edits
 from ._frames import user_frame
 from ._instrument import Instruments
+from ._joins import Joins
 from ._layouts import Layouts, Probe
 from ._modes import capture_modes
 from ._order import explain_late
@@ -84,6 +85,7 @@ class Run:
         self.saved: list[Any] = []
         self.recordings = Recordings()
         self.layouts: Layouts | None = None
+        self.joins = Joins()
         self._prepare: Callable[[], Call] | None = prepare
         self._stopped = False
         self._failure: BaseException | None = None
@@ -156,6 +158,7 @@ class Run:
         self.call = self._prepare = self._failure = None
         self.overrides.clear()
         self.edits.clear()
+        self.joins.clear()
         self.workers.clear()
 
     def stop(self, worker: Worker) -> None:
@@ -183,7 +186,7 @@ class Run:
         here = main.here
         if here is not None and here.place is place and here.is_occurrence(request):
             if here.kind == kind or (kind == INPUT and not write):
-                if write and here.scoped is not None:
+                if here.scoped is not None:
                     join_parts(here, worker)
                 return here
         if worker.stopped or self.edits.late_reads:
@@ -195,7 +198,7 @@ class Run:
         if not (main.done or ((place in main.counts or worker.step is not None) and main.has_passed(request))):
             visit = self._park(worker, request, main)
             if visit is not None:
-                if write and visit.scoped is not None:
+                if visit.scoped is not None:
                     join_parts(visit, worker)
                 return visit
         return self._late(request, worker, write)
@@ -212,8 +215,6 @@ class Run:
                         self.edits.give(visit, value, path)
                     return visit, value
         visit = self.reach(worker, place, kind, path)
-        if visit.scoped is not None and visit.kind == kind:
-            join_parts(visit, worker)
         value = visit.value if visit.kind == kind else visit.inputs
         if worker.rows is not None:
             value = self._scoped(visit, kind, value).give(worker, path)
@@ -289,7 +290,7 @@ class Run:
         """The rows of `worker` in a value of the call number `index` of a place."""
         assert self.main is not None
         visit = Visit(place, kind, value, index, max(self.main.step, 0), self.main.call_in_step(place, index))
-        return take(value, self._layout(visit, kind, value), worker.rows, path)
+        return take(value, self._layout(visit, kind, value), worker.rows, path, self.joins)
 
     def fail(self, error: BaseException) -> None:
         """Called by a deferred worker whose code raised: the run ends with this error."""
@@ -373,6 +374,8 @@ class Run:
     def _serve(self, visit: Visit) -> None:
         """In the model's coroutine: let everybody run who waits for this visit, in the order written."""
         workers, place = self.workers, visit.place
+        if self.joins:
+            self.joins.begin()
         going = True
         while going:
             going = False
@@ -390,6 +393,8 @@ class Run:
                     self._let_run(worker)
                     if visit.scoped is not None:
                         self._in_rows(settle_parts, visit, worker)
+        if self.joins:
+            self._in_rows(self.joins.check)
         if visit.scoped is not None:
             self._in_rows(leave_parts, visit)
         if visit.written or visit.lent is not None or visit.given is not None:
@@ -406,7 +411,7 @@ class Run:
         if scoped is None:
             scoped = visit.scoped = {}
         if kind not in scoped:
-            scoped[kind] = Scoped(value, self._layout(visit, kind, value))
+            scoped[kind] = Scoped(value, self._layout(visit, kind, value), self.joins)
         return scoped[kind]
 
     def _layout(self, visit: Visit, kind: str, value: Any) -> Layout:
@@ -419,9 +424,9 @@ class Run:
             owner.layouts = Layouts(self.instruments, self.stepper)
         return owner.layouts.find(visit, kind, value, call.probe, self.overrides)
 
-    def _in_rows(self, step: Callable[..., None], visit: Visit, *given: Any) -> None:
+    def _in_rows(self, step: Callable[..., None], *given: Any) -> None:
         try:
-            step(visit, *given)
+            step(*given)
         except NNsightError as error:
             self._failure = error
             self.main.pause()  # type: ignore[union-attr]  # called in its coroutine

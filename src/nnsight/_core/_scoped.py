@@ -9,32 +9,16 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
-from torch._subclasses.fake_tensor import FakeTensor
 
 from ..errors import EditError, RowsError
 from ._aliases import RowsTensor
-from ._rows import SHARED, Layout, Rows, fit, join, take
-from ._tensors import constants_in, map_tensors, tensors_in
+from ._joins import Joins, Piece
+from ._rows import SHARED, Layout, Rows, fit, pieces_of, take
+from ._tensors import Mark, are_changed, constants_in, map_tensors, mark, snapshot, tensors_in
 
 if TYPE_CHECKING:
     from ._visit import Visit
     from ._worker import Worker
-
-
-class _Mark(NamedTuple):
-    """A tensor, and what tells whether it was changed in place since; inference tensors have no version."""
-
-    tensor: torch.Tensor
-    version: int
-    copy: torch.Tensor | None
-
-    def is_changed(self) -> bool:
-        tensor, version, copy = self
-        if copy is None:
-            return tensor._version != version
-        if isinstance(tensor, FakeTensor):
-            return False
-        return not bool(((tensor == copy) | ((tensor != tensor) & (copy != copy))).all())
 
 
 class _Part:
@@ -48,24 +32,25 @@ class _Part:
         self.own: list[torch.Tensor | None] = [None] * count
         self.seen: Any = None
         self.views: list[torch.Tensor] = []
-        self.shared: list[_Mark] = []
+        self.shared: list[Mark] = []
 
 
 class _Joined(NamedTuple):
     """A value joined of all parts that a block of the whole batch holds, and what it was made of."""
 
     value: Any
-    marks: list[_Mark]
-    sources: list[_Mark]
+    marks: list[Mark]
+    sources: list[Mark]
 
 
 class Scoped:
     """The value of the whole batch, its layout, and each block's part."""
 
-    __slots__ = ("_joined", "_layout", "_parts", "_stale", "_tensors", "value")
+    __slots__ = ("_joined", "_joins", "_layout", "_parts", "_stale", "_tensors", "value")
 
-    def __init__(self, value: Any, layout: Layout) -> None:
+    def __init__(self, value: Any, layout: Layout, joins: Joins) -> None:
         self._layout = layout
+        self._joins = joins
         self.replace(value)
 
     def replace(self, value: Any) -> None:
@@ -74,7 +59,7 @@ class Scoped:
         self._tensors = tensors_in(value)
         self._parts: dict[Worker, _Part] = {}
         self._joined: _Joined | None = None
-        self._stale: list[_Mark] = []
+        self._stale: list[Mark] = []
 
     def give(self, worker: Worker, path: str) -> Any:
         """The rows of `worker`; the same views each time while the model stands here."""
@@ -82,7 +67,7 @@ class Scoped:
         part = self._part(worker, path)
         if part.seen is None:
             own = iter(part.own)
-            seen = take(self.value, self._layout, worker.rows, path)
+            seen = take(self.value, self._layout, worker.rows, path, self._joins)
             part.seen = map_tensors(lambda view: view if (mine := next(own)) is None else mine, seen)
             part.views = tensors_in(part.seen)
             part.shared = _mark([t for t, dim in zip(part.views, self._layout, strict=False) if dim == SHARED])
@@ -91,10 +76,7 @@ class Scoped:
     def merge(self, worker: Worker, new: Any, path: str) -> None:
         """Put `new` in the rows of `worker`; a tensor of the old value, or one that the block was given, is left."""
         self._follow()
-        if self._joined is not None:
-            self._commit(self._joined)
-        self._take_over(self._part(worker, path), new, path)
-        self._parts[worker].seen = None
+        self._put(worker, new, path).seen = None
 
     def whole(self) -> Any:
         """The value of the whole batch with every part in it."""
@@ -111,17 +93,19 @@ class Scoped:
     def settle(self, worker: Worker) -> None:
         """`worker` has run: see that what it changed in place was its own to change."""
         part = self._parts.get(worker)
-        if part is not None and _have_changed(part.shared):
+        if part is not None and are_changed(part.shared):
             raise RowsError(_SHARED.format(path=part.path))
         for other in self._parts.values():
-            other.shared = _mark([mark.tensor for mark in other.shared])
+            other.shared = _mark([old.tensor for old in other.shared])
         self._follow()
 
     def leave(self) -> tuple[Any, bool]:
         """The value that the model goes on with, and whether blocks have put it together."""
         value = self.whole()
-        if _have_changed(self._stale):
-            raise EditError(_STALE.format(path=next((p.path for p in self._parts.values()), "This value")))
+        if are_changed(self._stale):
+            raise EditError(_STALE.format(path=self._path()))
+        if self._joined is not None:
+            self._remember(self._joined)
         return value, value is not self.value
 
     def _part(self, worker: Worker, path: str) -> _Part:
@@ -133,7 +117,10 @@ class Scoped:
     def _has_parts(self) -> bool:
         return any(own is not None for part in self._parts.values() for own in part.own)
 
-    def _take_over(self, part: _Part, new: Any, path: str) -> None:
+    def _put(self, worker: Worker, new: Any, path: str) -> _Part:
+        if self._joined is not None:
+            self._commit(self._joined)
+        part = self._part(worker, path)
         found = tensors_in(new)
         if len(found) != len(self._tensors):
             raise EditError(_FORM.format(path=path, count=len(self._tensors), given=len(found)))
@@ -142,46 +129,85 @@ class Scoped:
         for i, tensor in enumerate(found):
             if tensor is not self._tensors[i] and not _is_view(tensor, part.views, i):
                 part.own[i] = fit(self._tensors[i], tensor, self._layout[i], part.rows, path)
+        return part
+
+    def _pieces(self, i: int) -> list[Piece]:
+        """What the tensor number `i` is made of, in order; nothing where nobody has put anything."""
+        parts = [(part.rows, own) for part in self._parts.values() if (own := part.own[i]) is not None]
+        return pieces_of(self._tensors[i], self._layout[i], parts) if parts else []
 
     def _join(self) -> list[torch.Tensor]:
         joined = []
         for i, whole in enumerate(self._tensors):
-            parts = [(part.rows, own) for part in self._parts.values() if (own := part.own[i]) is not None]
-            joined.append(join(whole, self._layout[i], parts, "") if parts else whole)
+            pieces, dim = self._pieces(i), self._layout[i]
+            joined.append(torch.cat([p.tensor.narrow(dim, p.start, p.size) for p in pieces], dim) if pieces else whole)
         return joined
 
     def _sources(self) -> list[torch.Tensor]:
         return [*self._tensors, *(own for part in self._parts.values() for own in part.own if own is not None)]
 
+    # --- what was changed since the last look ----------------------------------------------------------------
+
     def _follow(self) -> None:
-        """Take in what was changed in place since: items of containers, and what a joined value was made of."""
-        for part in self._parts.values():
+        if self._joined is not None:
+            self._follow_edits(self._joined)
+        for worker, part in list(self._parts.items()):
             if part.seen is not None and _differ(now := tensors_in(part.seen), part.views):
-                self._take_over(part, part.seen, part.path)
-                part.views = now
+                kept = self._put(worker, part.seen, part.path)
+                kept.seen, kept.views = part.seen, now
         now = tensors_in(self.value)
-        if _differ(now, self._tensors):
+        if _differ(now, self._tensors):  # an item of a list or mapping was exchanged
             self._tensors = now
             for part in self._parts.values():
                 part.seen = None
-        joined = self._joined
-        if joined is None:
-            return
-        if _have_changed(joined.marks) or _differ(tensors_in(joined.value), [mark.tensor for mark in joined.marks]):
+
+    def _follow_edits(self, joined: _Joined) -> None:
+        """Let a joined value, and what it was made of, go on as one: both are held by somebody."""
+        tensors = [old.tensor for old in joined.marks]
+        if _differ(tensors_in(joined.value), tensors):
             self._commit(joined)
-        elif _have_changed(joined.sources) or _differ(self._sources(), [mark.tensor for mark in joined.sources]):
-            tensors = [mark.tensor for mark in joined.marks]
+            return
+        if are_changed(joined.marks):
+            self._change_sources(tensors)
+        elif are_changed(joined.sources):
             for tensor, new in zip(tensors, self._join(), strict=True):
                 if new is not tensor:
                     tensor.copy_(new)
-            self._joined = _Joined(joined.value, _mark(tensors), _mark(self._sources()))
+        else:
+            return
+        self._joined = _Joined(joined.value, _mark(tensors), _mark(self._sources()))
+
+    def _change_sources(self, joined: list[torch.Tensor]) -> None:
+        for i, (whole, tensor) in enumerate(zip(self._tensors, joined, strict=True)):
+            if tensor is whole:
+                continue
+            at, dim = 0, self._layout[i]
+            for piece in self._pieces(i):
+                try:
+                    piece.tensor.narrow(dim, piece.start, piece.size).copy_(tensor.narrow(dim, at, piece.size))
+                except RuntimeError as error:
+                    raise EditError(_NOT_IN_PLACE.format(error=error)) from error
+                at += piece.size
+            for part in self._parts.values():
+                view = part.views[i] if part.views else None
+                if isinstance(view, RowsTensor) and view._held is whole:
+                    view._held = tensor  # all of the gradient comes by there now
 
     def _commit(self, joined: _Joined) -> None:
-        # Somebody changed the joined value: what it was made of reaches the model no more.
-        kept = {id(mark.tensor) for mark in joined.marks}
-        stale = [*self._stale, *(mark for mark in joined.sources if id(mark.tensor) not in kept)]
+        # Whatever comes now is put into the joined value: what that was made of reaches the model no more.
+        self._remember(joined)
+        kept = {id(old.tensor) for old in joined.marks}
+        stale = [*self._stale, *(old for old in joined.sources if id(old.tensor) not in kept)]
         self.replace(joined.value)
         self._stale = stale
+
+    def _remember(self, joined: _Joined) -> None:
+        for i, old in enumerate(joined.marks):
+            if old.tensor is not self._tensors[i]:
+                self._joins.add(old.tensor, self._layout[i], self._pieces(i), self._path())
+
+    def _path(self) -> str:
+        return next((part.path for part in self._parts.values()), "a place of the model")
 
 
 # --- at a visit -------------------------------------------------------------------------------------------
@@ -191,7 +217,10 @@ def join_parts(visit: Visit, worker: Worker) -> None:
     """Let a block of the whole batch see what the invokes have put there."""
     scoped = (visit.scoped or {}).get(visit.kind)
     if scoped is not None and worker.rows is None:
-        visit.value = scoped.whole()
+        visit.value = value = scoped.whole()
+        versions = snapshot(scoped.value) if value is not scoped.value else None
+        if versions is not None:
+            visit.given = [*(visit.given or ()), (scoped.value, versions, "")]  # an edit may reach it from here
 
 
 def settle_parts(visit: Visit, worker: Worker) -> None:
@@ -211,12 +240,8 @@ def leave_parts(visit: Visit) -> None:
         visit.value = value
 
 
-def _mark(tensors: list[torch.Tensor]) -> list[_Mark]:
-    return [_Mark(t, 0, t.clone()) if t.is_inference() else _Mark(t, t._version, None) for t in tensors]
-
-
-def _have_changed(marks: list[_Mark]) -> bool:
-    return any([mark.is_changed() for mark in marks])
+def _mark(tensors: list[torch.Tensor]) -> list[Mark]:
+    return [mark(tensor) for tensor in tensors]
 
 
 def _differ(tensors: list[torch.Tensor], before: list[torch.Tensor]) -> bool:
@@ -250,6 +275,10 @@ trace this input alone."""
 _SHARED = """\
 A tensor at {path} was changed in place by one invoke, but it is shared by all rows of the batch. Change it in \
 tracer.invoke() without input, for the whole batch, or trace this input alone."""
+
+_NOT_IN_PLACE = """\
+A value of the whole batch was changed in place after an invoke had assigned to it, and PyTorch refuses the same change of \
+the tensors it was made of ({error}). Assign the changed value instead: `module.output = changed`."""
 
 _STALE = """\
 {path} was changed in place by a block that had read it before another block assigned a new value there or changed the \

@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Callable
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
+from torch._subclasses.fake_tensor import FakeTensor
 
 from ._tuples import AssignableTuple, rebuild
 
@@ -73,3 +74,29 @@ def has_changed(value: Any, before: Snapshot) -> bool:
     return len(now) != len(before) or any(
         tensor is not old or tensor._version != version for tensor, (old, version) in zip(now, before, strict=True)
     )
+
+
+class Mark(NamedTuple):
+    """A tensor, and what tells whether it was changed in place since; inference tensors have no version."""
+
+    tensor: torch.Tensor
+    version: int
+    copy: torch.Tensor | None
+
+
+def mark(tensor: torch.Tensor) -> Mark:
+    """`tensor` as it is now."""
+    return Mark(tensor, 0, tensor.clone()) if tensor.is_inference() else Mark(tensor, tensor._version, None)
+
+
+def are_changed(marks: list[Mark]) -> bool:
+    """Whether any of these tensors was changed in place."""
+    return any([_is_changed(*entry) for entry in marks])
+
+
+def _is_changed(tensor: torch.Tensor, version: int, copy: torch.Tensor | None) -> bool:
+    if copy is None:
+        return tensor._version != version
+    if isinstance(tensor, FakeTensor):
+        return False
+    return not bool(((tensor == copy) | ((tensor != tensor) & (copy != copy))).all())
