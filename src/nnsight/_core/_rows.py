@@ -6,6 +6,7 @@ the batch may belong to something else, and a router's `[batch * seq, d]` has no
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any, NamedTuple
 
 import torch
@@ -13,13 +14,13 @@ import torch
 from ..errors import EditError, RowsError
 from ._aliases import rows_of
 from ._joins import Joins, Piece
-from ._tensors import map_tensors
+from ._leaves import map_leaves
 
 SHARED = -1  # a tensor that all rows have in common
 UNKNOWN = -2  # a tensor whose rows cannot be told apart
 
 Parts = list[tuple["Rows", torch.Tensor]]
-Layout = list[int]  # for each tensor in a value, the dimension that follows the batch, or one of the above
+Layout = Mapping[str, int]  # for each leaf of a value, the dimension that follows the batch, or one of the above
 
 
 class Rows(NamedTuple):
@@ -39,18 +40,17 @@ class Rows(NamedTuple):
 
 def take(value: Any, layout: Layout, rows: Rows, path: str, joins: Joins) -> Any:
     """`value` with every tensor narrowed to `rows`; views, so that in-place edits reach the model."""
-    dims = iter(layout)
 
-    def narrow(tensor: torch.Tensor) -> torch.Tensor:
-        dim = next(dims)
+    def narrow(at: str, tensor: torch.Tensor) -> torch.Tensor:
+        dim = layout.get(at, UNKNOWN)
         if dim == SHARED:
             return tensor
         if dim == UNKNOWN:
-            raise RowsError(_UNKNOWN.format(path=path, shape=list(tensor.shape)))
-        start, size = rows.span(tensor.shape[dim], path)
+            raise RowsError(_UNKNOWN.format(path=f"{path}{at}", shape=list(tensor.shape)))
+        start, size = rows.span(tensor.shape[dim], f"{path}{at}")
         return rows_of(tensor, dim, start, size, *joins.source(tensor, dim, start, size))
 
-    return map_tensors(narrow, value)
+    return map_leaves(narrow, value)
 
 
 def fit(whole: torch.Tensor, part: torch.Tensor, dim: int, rows: Rows, path: str) -> torch.Tensor:
@@ -87,9 +87,9 @@ invoke cannot be told from another's. Read it in a trace of this input alone, or
 sees the whole batch."""
 
 _UNKNOWN = """\
-The rows of one invoke cannot be told from another's at {path} (shape {shape}): its layout depends on the data, or does \
-not follow the batch in one dimension. Read it in a trace of this input alone, or in tracer.invoke() without input, which \
-sees the whole batch."""
+The rows of one invoke cannot be told from another's at {path} (shape {shape}): its layout depends on the data, it is \
+made from all rows together, or it does not follow the batch in one dimension. Read it in a trace of this input alone, or \
+in tracer.invoke() without input, which sees the whole batch."""
 
 _SHARED = """\
 {path} (shape {shape}) is shared by all rows of the batch, so one invoke cannot change it for itself alone. Change it in \

@@ -16,14 +16,15 @@ from ._frames import user_frame
 from ._instrument import Instruments
 from ._joins import Joins
 from ._layouts import Layouts, Probe
+from ._leaves import leaves_of
 from ._modes import capture_modes
 from ._order import explain_late
 from ._pass import Override, Pass
 from ._record import Recording, Recordings
 from ._replay import Replay
-from ._rows import Layout, take
+from ._rows import Layout, Rows, take
 from ._scoped import Scoped, join_parts, leave_parts, settle_parts
-from ._tensors import map_tensors, tensors_in
+from ._tensors import map_tensors
 from ._tuples import as_native
 from ._visit import INPUT, OUTPUT, STEP, Place, Request, Visit
 from ._worker import Worker
@@ -217,7 +218,7 @@ class Run:
         visit = self.reach(worker, place, kind, path)
         value = visit.value if visit.kind == kind else visit.inputs
         if worker.rows is not None:
-            value = self._scoped(visit, kind, value).give(worker, path)
+            value = self._scoped(visit, kind, value, worker.rows).give(worker, path)
         if self.main is None or (visit is not self.main.here and visit.place not in self.main.final):
             value = map_tensors(torch.Tensor.detach, value)
             self.edits.note_late_read(f"{path}.{kind}", value)
@@ -238,7 +239,7 @@ class Run:
             visit.before = visit.value
         visit.written = True
         if worker.rows is not None:
-            self._scoped(visit, visit.kind, visit.value).merge(worker, value, path)
+            self._scoped(visit, visit.kind, visit.value, worker.rows).merge(worker, value, path)
         else:
             visit.value = value
             if visit.scoped is not None and visit.kind in visit.scoped:
@@ -290,7 +291,7 @@ class Run:
         """The rows of `worker` in a value of the call number `index` of a place."""
         assert self.main is not None
         visit = Visit(place, kind, value, index, max(self.main.step, 0), self.main.call_in_step(place, index))
-        return take(value, self._layout(visit, kind, value), worker.rows, path, self.joins)
+        return take(value, self._layout(visit, kind, value, worker.rows.total), worker.rows, path, self.joins)
 
     def fail(self, error: BaseException) -> None:
         """Called by a deferred worker whose code raised: the run ends with this error."""
@@ -406,23 +407,23 @@ class Run:
             while worker.request is None and worker.is_ready():
                 self._let_run(worker)
 
-    def _scoped(self, visit: Visit, kind: str, value: Any) -> Scoped:
+    def _scoped(self, visit: Visit, kind: str, value: Any, rows: Rows) -> Scoped:
         scoped = visit.scoped
         if scoped is None:
             scoped = visit.scoped = {}
         if kind not in scoped:
-            scoped[kind] = Scoped(value, self._layout(visit, kind, value), self.joins)
+            scoped[kind] = Scoped(value, self._layout(visit, kind, value, rows.total), self.joins)
         return scoped[kind]
 
-    def _layout(self, visit: Visit, kind: str, value: Any) -> Layout:
+    def _layout(self, visit: Visit, kind: str, value: Any, total: int) -> Layout:
         call = self.call
         assert call is not None
         if visit.place in call.batch_first or call.probe is None:
-            return [0] * len(tensors_in(value))
+            return dict.fromkeys(leaves_of(value), 0)
         owner = self if call.fake else self.instruments
         if owner.layouts is None:
             owner.layouts = Layouts(self.instruments, self.stepper)
-        return owner.layouts.find(visit, kind, value, call.probe, self.overrides)
+        return owner.layouts.find(visit, kind, value, total, call.probe, self.overrides)
 
     def _in_rows(self, step: Callable[..., None], *given: Any) -> None:
         try:

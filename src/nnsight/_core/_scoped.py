@@ -6,6 +6,7 @@ apart until the model goes on, or a block of the whole batch looks: then it is j
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
@@ -13,25 +14,29 @@ import torch
 from ..errors import EditError, RowsError
 from ._aliases import RowsTensor
 from ._joins import Joins, Piece
-from ._rows import SHARED, Layout, Rows, fit, pieces_of, take
-from ._tensors import Mark, are_changed, constants_in, map_tensors, mark, snapshot, tensors_in
+from ._leaves import leaves_of, map_leaves, restore
+from ._rows import SHARED, UNKNOWN, Layout, Rows, fit, pieces_of, take
+from ._tensors import Mark, are_changed, constants_in, mark, snapshot
 
 if TYPE_CHECKING:
     from ._visit import Visit
     from ._worker import Worker
 
 
+Leaves = dict[str, torch.Tensor]
+
+
 class _Part:
-    """What one block sees of the value, and what it put there: for each tensor its own one, or None."""
+    """What one block sees of the value, and the tensors it put there."""
 
     __slots__ = ("own", "path", "rows", "seen", "shared", "views")
 
-    def __init__(self, rows: Rows, count: int, path: str) -> None:
+    def __init__(self, rows: Rows, path: str) -> None:
         self.rows = rows
         self.path = path
-        self.own: list[torch.Tensor | None] = [None] * count
+        self.own: Leaves = {}
         self.seen: Any = None
-        self.views: list[torch.Tensor] = []
+        self.views: Leaves = {}
         self.shared: list[Mark] = []
 
 
@@ -39,14 +44,18 @@ class _Joined(NamedTuple):
     """A value joined of all parts that a block of the whole batch holds, and what it was made of."""
 
     value: Any
+    leaves: Leaves
     marks: list[Mark]
     sources: list[Mark]
 
 
 class Scoped:
-    """The value of the whole batch, its layout, and each block's part."""
+    """The value of the whole batch, its layout, and each block's part.
 
-    __slots__ = ("_joined", "_joins", "_layout", "_parts", "_stale", "_tensors", "value")
+    Blocks see copies of the objects in it (a cache); the model's own get what blocks put there when it goes on.
+    """
+
+    __slots__ = ("_joined", "_joins", "_layout", "_native", "_parts", "_stale", "_tensors", "value")
 
     def __init__(self, value: Any, layout: Layout, joins: Joins) -> None:
         self._layout = layout
@@ -55,8 +64,12 @@ class Scoped:
 
     def replace(self, value: Any) -> None:
         """A block of the whole batch put `value` in place of everything."""
+        self._native = value
+        self._begin(value)
+
+    def _begin(self, value: Any) -> None:
         self.value = value
-        self._tensors = tensors_in(value)
+        self._tensors = leaves_of(value)
         self._parts: dict[Worker, _Part] = {}
         self._joined: _Joined | None = None
         self._stale: list[Mark] = []
@@ -66,11 +79,10 @@ class Scoped:
         self._follow()
         part = self._part(worker, path)
         if part.seen is None:
-            own = iter(part.own)
             seen = take(self.value, self._layout, worker.rows, path, self._joins)
-            part.seen = map_tensors(lambda view: view if (mine := next(own)) is None else mine, seen)
-            part.views = tensors_in(part.seen)
-            part.shared = _mark([t for t, dim in zip(part.views, self._layout, strict=False) if dim == SHARED])
+            part.seen = map_leaves(lambda at, view: part.own.get(at, view), seen) if part.own else seen
+            part.views = leaves_of(part.seen)
+            part.shared = _mark(leaf for at, leaf in part.views.items() if self._layout[at] == SHARED)
         return part.seen
 
     def merge(self, worker: Worker, new: Any, path: str) -> None:
@@ -85,9 +97,8 @@ class Scoped:
             if not self._has_parts():
                 return self.value
             joined = self._join()
-            following = iter(joined)
-            value = map_tensors(lambda _: next(following), self.value)
-            self._joined = _Joined(value, _mark(joined), _mark(self._sources()))
+            value = map_leaves(lambda at, _: joined[at], self.value)
+            self._joined = _Joined(value, joined, _mark(joined.values()), _mark(self._sources()))
         return self._joined.value
 
     def settle(self, worker: Worker) -> None:
@@ -96,7 +107,7 @@ class Scoped:
         if part is not None and are_changed(part.shared):
             raise RowsError(_SHARED.format(path=part.path))
         for other in self._parts.values():
-            other.shared = _mark([old.tensor for old in other.shared])
+            other.shared = _mark(old.tensor for old in other.shared)
         self._follow()
 
     def leave(self) -> tuple[Any, bool]:
@@ -104,47 +115,50 @@ class Scoped:
         value = self.whole()
         if are_changed(self._stale):
             raise EditError(_STALE.format(path=self._path()))
+        changed = value is not self.value
         if self._joined is not None:
             self._remember(self._joined)
-        return value, value is not self.value
+        if value is not self._native:
+            value = restore(value, self._native, leaves_of(value))
+        return value, changed
 
     def _part(self, worker: Worker, path: str) -> _Part:
         part = self._parts.get(worker)
         if part is None:
-            part = self._parts[worker] = _Part(worker.rows, len(self._tensors), path)
+            part = self._parts[worker] = _Part(worker.rows, path)
         return part
 
     def _has_parts(self) -> bool:
-        return any(own is not None for part in self._parts.values() for own in part.own)
+        return any(part.own for part in self._parts.values())
 
     def _put(self, worker: Worker, new: Any, path: str) -> _Part:
         if self._joined is not None:
             self._commit(self._joined)
         part = self._part(worker, path)
-        found = tensors_in(new)
-        if len(found) != len(self._tensors):
-            raise EditError(_FORM.format(path=path, count=len(self._tensors), given=len(found)))
+        found = leaves_of(new)
+        if found.keys() != self._tensors.keys():
+            raise EditError(_FORM.format(path=path, before=_names(self._tensors), given=_names(found)))
         if not _are_same(constants_in(self.value), constants_in(new)):
             raise RowsError(_CONSTANTS.format(path=path))
-        for i, tensor in enumerate(found):
-            if tensor is not self._tensors[i] and not _is_view(tensor, part.views, i):
-                part.own[i] = fit(self._tensors[i], tensor, self._layout[i], part.rows, path)
+        for at, tensor in found.items():
+            if tensor is not self._tensors[at] and not _is_view(tensor, part.views.get(at)):
+                part.own[at] = fit(self._tensors[at], tensor, self._layout.get(at, UNKNOWN), part.rows, f"{path}{at}")
         return part
 
-    def _pieces(self, i: int) -> list[Piece]:
-        """What the tensor number `i` is made of, in order; nothing where nobody has put anything."""
-        parts = [(part.rows, own) for part in self._parts.values() if (own := part.own[i]) is not None]
-        return pieces_of(self._tensors[i], self._layout[i], parts) if parts else []
+    def _pieces(self, at: str) -> list[Piece]:
+        """What the tensor there is made of, in order; nothing where nobody has put anything."""
+        parts = [(part.rows, part.own[at]) for part in self._parts.values() if at in part.own]
+        return pieces_of(self._tensors[at], self._layout[at], parts) if parts else []
 
-    def _join(self) -> list[torch.Tensor]:
-        joined = []
-        for i, whole in enumerate(self._tensors):
-            pieces, dim = self._pieces(i), self._layout[i]
-            joined.append(torch.cat([p.tensor.narrow(dim, p.start, p.size) for p in pieces], dim) if pieces else whole)
+    def _join(self) -> Leaves:
+        joined = {}
+        for at, whole in self._tensors.items():
+            pieces, dim = self._pieces(at), self._layout.get(at, UNKNOWN)
+            joined[at] = torch.cat([p.tensor.narrow(dim, p.start, p.size) for p in pieces], dim) if pieces else whole
         return joined
 
     def _sources(self) -> list[torch.Tensor]:
-        return [*self._tensors, *(own for part in self._parts.values() for own in part.own if own is not None)]
+        return [*self._tensors.values(), *(own for part in self._parts.values() for own in part.own.values())]
 
     # --- what was changed since the last look ----------------------------------------------------------------
 
@@ -152,10 +166,10 @@ class Scoped:
         if self._joined is not None:
             self._follow_edits(self._joined)
         for worker, part in list(self._parts.items()):
-            if part.seen is not None and _differ(now := tensors_in(part.seen), part.views):
+            if part.seen is not None and _differ(now := leaves_of(part.seen), part.views):
                 kept = self._put(worker, part.seen, part.path)
                 kept.seen, kept.views = part.seen, now
-        now = tensors_in(self.value)
+        now = leaves_of(self.value)
         if _differ(now, self._tensors):  # an item of a list or mapping was exchanged
             self._tensors = now
             for part in self._parts.values():
@@ -163,33 +177,34 @@ class Scoped:
 
     def _follow_edits(self, joined: _Joined) -> None:
         """Let a joined value, and what it was made of, go on as one: both are held by somebody."""
-        tensors = [old.tensor for old in joined.marks]
-        if _differ(tensors_in(joined.value), tensors):
+        if _differ(leaves_of(joined.value), joined.leaves):
             self._commit(joined)
             return
         if are_changed(joined.marks):
-            self._change_sources(tensors)
+            self._change_sources(joined.leaves)
         elif are_changed(joined.sources):
-            for tensor, new in zip(tensors, self._join(), strict=True):
-                if new is not tensor:
-                    tensor.copy_(new)
+            new = self._join()
+            for at, tensor in joined.leaves.items():
+                if new[at] is not tensor:
+                    tensor.copy_(new[at])
         else:
             return
-        self._joined = _Joined(joined.value, _mark(tensors), _mark(self._sources()))
+        self._joined = joined._replace(marks=_mark(joined.leaves.values()), sources=_mark(self._sources()))
 
-    def _change_sources(self, joined: list[torch.Tensor]) -> None:
-        for i, (whole, tensor) in enumerate(zip(self._tensors, joined, strict=True)):
+    def _change_sources(self, joined: Leaves) -> None:
+        for at, tensor in joined.items():
+            whole = self._tensors[at]
             if tensor is whole:
                 continue
-            at, dim = 0, self._layout[i]
-            for piece in self._pieces(i):
+            start, dim = 0, self._layout[at]
+            for piece in self._pieces(at):
                 try:
-                    piece.tensor.narrow(dim, piece.start, piece.size).copy_(tensor.narrow(dim, at, piece.size))
+                    piece.tensor.narrow(dim, piece.start, piece.size).copy_(tensor.narrow(dim, start, piece.size))
                 except RuntimeError as error:
                     raise EditError(_NOT_IN_PLACE.format(error=error)) from error
-                at += piece.size
+                start += piece.size
             for part in self._parts.values():
-                view = part.views[i] if part.views else None
+                view = part.views.get(at)
                 if isinstance(view, RowsTensor) and view._held is whole:
                     view._held = tensor  # all of the gradient comes by there now
 
@@ -198,13 +213,13 @@ class Scoped:
         self._remember(joined)
         kept = {id(old.tensor) for old in joined.marks}
         stale = [*self._stale, *(old for old in joined.sources if id(old.tensor) not in kept)]
-        self.replace(joined.value)
+        self._begin(joined.value)
         self._stale = stale
 
     def _remember(self, joined: _Joined) -> None:
-        for i, old in enumerate(joined.marks):
-            if old.tensor is not self._tensors[i]:
-                self._joins.add(old.tensor, self._layout[i], self._pieces(i), self._path())
+        for at, tensor in joined.leaves.items():
+            if tensor is not self._tensors[at]:
+                self._joins.add(tensor, self._layout[at], self._pieces(at), self._path())
 
     def _path(self) -> str:
         return next((part.path for part in self._parts.values()), "a place of the model")
@@ -240,31 +255,37 @@ def leave_parts(visit: Visit) -> None:
         visit.value = value
 
 
-def _mark(tensors: list[torch.Tensor]) -> list[Mark]:
+def _mark(tensors: Iterable[torch.Tensor]) -> list[Mark]:
     return [mark(tensor) for tensor in tensors]
 
 
-def _differ(tensors: list[torch.Tensor], before: list[torch.Tensor]) -> bool:
-    return len(tensors) != len(before) or any(a is not b for a, b in zip(tensors, before, strict=True))
+def _differ(leaves: Leaves, before: Leaves) -> bool:
+    return leaves.keys() != before.keys() or any(leaf is not before[at] for at, leaf in leaves.items())
 
 
-def _is_view(tensor: torch.Tensor, views: list[torch.Tensor], i: int) -> bool:
+def _names(leaves: Leaves) -> str:
+    names = ", ".join(at or "itself" for at in list(leaves)[:6]) + (", …" if len(leaves) > 6 else "")
+    return f"{len(leaves)} tensors ({names})" if len(leaves) != 1 else "1 tensor"
+
+
+def _is_view(tensor: torch.Tensor, view: torch.Tensor | None) -> bool:
     """Whether `tensor` is what the block was given in this place, as the block or as the model knows it."""
-    if i >= len(views):
-        return False
-    view = views[i]
     return tensor is view or (isinstance(view, RowsTensor) and tensor is view._alone)
 
 
 def _are_same(constants: list[Any], others: list[Any]) -> bool:
     return len(constants) == len(others) and all(
-        a is b or (type(a) is type(b) and isinstance(a, (str, int, float, complex, bytes)) and a == b)
+        a is b or (type(a) is type(b) and ((_is_number_or_text(a) and a == b) or bool(leaves_of(a))))
         for a, b in zip(constants, others, strict=True)
     )
 
 
+def _is_number_or_text(value: Any) -> bool:
+    return isinstance(value, (str, int, float, complex, bytes))
+
+
 _FORM = """\
-{path} holds {count} tensors and was assigned {given}: in a batch of several invokes an assigned value must have the \
+{path} holds {before} and was assigned {given}: in a batch of several invokes an assigned value must have the \
 form of the one it replaces."""
 
 _CONSTANTS = """\
