@@ -118,6 +118,8 @@ class Instruments:
         self.profile: dict[Module, int] | None = None
         self.first_calls: dict[Module, int] = {}
         self.layouts: Layouts | None = None
+        self.structure = object()  # another one once a module is exchanged
+        self._tree: list[tuple[Module, tuple[Module | None, ...]]] = []
 
     @classmethod
     def of(cls, root: Module) -> Instruments:
@@ -248,6 +250,9 @@ class Instruments:
         self._always = [c for c in self._containers if c.replacement is not None]
         here = {c.module for c in self._containers}
         self._always += [Container(m) for m in self._eager - here]
+        tree = [(c.module, c.children) for c in self._containers]
+        if tree != self._tree:
+            self._tree, self.structure = tree, object()
         self._parents = {}
         self._members = frozenset()
         self._shared = None

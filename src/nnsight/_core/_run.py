@@ -13,6 +13,7 @@ from torch.nn.modules.module import _global_forward_hooks
 from ..config import CONFIG
 from ..errors import EditError, NNsightError, OutOfOrderError, StoppedError, WaitError
 from ._edits import Edits
+from ._fakes import Fakes
 from ._frames import user_frame
 from ._instrument import Instruments
 from ._layouts import Layouts, Probe
@@ -25,7 +26,7 @@ from ._rows import Layout, take
 from ._scoped import Scoped
 from ._tensors import map_tensors, tensors_in
 from ._tuples import as_native
-from ._visit import INPUT, OUTPUT, STEP, Place, Request, Visit
+from ._visit import INPUT, OUTPUT, STEP, OperationPlace, Place, Request, Visit
 from ._worker import Worker
 
 
@@ -85,6 +86,7 @@ class Run:
         self.saved: list[Any] = []
         self.recordings = Recordings()
         self.layouts: Layouts | None = None
+        self.fakes: Fakes | None = None  # in a scan
         self._prepare: Callable[[], Call] | None = prepare
         self._stopped = False
         self._failure: BaseException | None = None
@@ -192,8 +194,8 @@ class Run:
                 return visit
         return self._late(request, worker, write)
 
-    def read(self, worker: Worker, place: Any, kind: str, path: str) -> tuple[Visit, Any]:
-        """The value at a place, with the visit it belongs to."""
+    def read(self, worker: Worker, place: Any, kind: str, path: str, *, held: bool = False) -> tuple[Visit, Any]:
+        """The value at a place, with the visit it belongs to; the model has a `held` one in use elsewhere too."""
         if self.lone and kind == OUTPUT and not place._modules:
             main = self.main or self.start()
             hooked = place._forward_hooks or _global_forward_hooks
@@ -207,7 +209,7 @@ class Run:
         visit = self.reach(worker, place, kind, path)
         value = visit.value if visit.kind == kind else visit.inputs
         if worker.rows is not None:
-            value = self._scoped(visit, kind, value).give(worker, path)
+            value = self._scoped(visit, kind, value, held=held, path=path).give(worker, path)
         if self.main is None or (visit is not self.main.here and visit.place not in self.main.final):
             value = map_tensors(torch.Tensor.detach, value)
             self.edits.note_late_read(f"{path}.{kind}", value)
@@ -276,6 +278,11 @@ class Run:
         assert self.main is not None
         visit = Visit(place, kind, value, index, max(self.main.step, 0), self.main.call_in_step(place, index))
         return take(value, self._layout(visit, kind, value), worker.rows, path)
+
+    def arguments_of(self, visit: Visit, place: Any) -> tuple[tuple[Any, ...], dict[str, Any]] | None:
+        """What the call of `place` around a visit was given, while the model stands there."""
+        source = self.main if self.main is not None and visit is self.main.here else self._replay
+        return source.arguments_of(place) if source is not None else None
 
     def fail(self, error: BaseException) -> None:
         """Called by a deferred worker whose code raised: the run ends with this error."""
@@ -392,19 +399,24 @@ class Run:
             while worker.request is None and worker.is_ready():
                 self._let_run(worker)
 
-    def _scoped(self, visit: Visit, kind: str, value: Any) -> Scoped:
-        scoped = visit.scoped
+    def _scoped(self, visit: Visit, kind: str, value: Any, *, held: bool = False, path: str = "") -> Scoped:
+        if visit.scoped is None:
+            visit.scoped = {}
+        scoped = visit.scoped.get(kind)
         if scoped is None:
-            scoped = visit.scoped = {}
-        if kind not in scoped:
-            scoped[kind] = Scoped(value, self._layout(visit, kind, value))
-        scoped[kind].value = value
-        return scoped[kind]
+            scoped = visit.scoped[kind] = Scoped(value, self._layout(visit, kind, value))
+        scoped.value = value
+        if held and visit.kind == kind:
+            scoped.hold(path)
+            visit.value = scoped.value
+        return scoped
 
     def _layout(self, visit: Visit, kind: str, value: Any) -> Layout:
         call = self.call
         assert call is not None
-        if visit.place in call.batch_first or call.probe is None:
+        place = visit.place
+        known = place.__class__ is OperationPlace and place.batch_first
+        if known or place in call.batch_first or call.probe is None:
             return [0] * len(tensors_in(value))
         owner = self if call.fake else self.instruments
         if owner.layouts is None:
@@ -422,6 +434,8 @@ class Run:
             self._failure = error
             self.main.pause()  # type: ignore[union-attr]
         visit.written = visit.written or scoped.written
+        if scoped.held and visit.given:
+            visit.given = [(tensor, [(tensor, version)], visit.given[0][2]) for tensor, version in scoped.held]
 
     def _missed(self) -> None:
         """In the model's coroutine: wake whoever waits for something that has passed."""
