@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import torch
 
 from ..errors import RowsError
+from ._leaves import leaves_of
 from ._rows import SHARED, Layout, Rows, join_views, put, take
 from ._tensors import map_tensors, tensors_in
 
@@ -17,7 +18,7 @@ if TYPE_CHECKING:
 class _View(NamedTuple):
     rows: Rows
     seen: Any
-    tensors: list[torch.Tensor]
+    leaves: dict[str, torch.Tensor]
     shared: list[tuple[torch.Tensor, int]]
     path: str
 
@@ -52,9 +53,9 @@ class Scoped:
         known = self._views.get(worker)
         if known is None:
             seen = take(self.value, self._layout, worker.rows, path)
-            tensors = tensors_in(seen)
-            shared = [(t, _version(t)) for t, dim in zip(tensors, self._layout, strict=False) if dim == SHARED]
-            known = self._views[worker] = _View(worker.rows, seen, tensors, shared, path)
+            leaves = leaves_of(seen)
+            shared = [(leaf, _version(leaf)) for at, leaf in leaves.items() if self._layout[at] == SHARED]
+            known = self._views[worker] = _View(worker.rows, seen, leaves, shared, path)
         return known.seen
 
     def merge(self, worker: Worker, new: Any, path: str) -> Any:
@@ -62,7 +63,7 @@ class Scoped:
         if self.held:
             raise RowsError(_HELD.format(path=path))
         known = self._views.pop(worker, None)
-        return put(self.value, self._layout, worker.rows, known and known.seen, new, path)
+        return put(self.value, self._layout, worker.rows, known.leaves if known else {}, new, path)
 
     def leave(self) -> Any:
         """The value that the model goes on with."""
@@ -70,9 +71,9 @@ class Scoped:
         for view in self._views.values():
             if any(_version(tensor) != version for tensor, version in view.shared):
                 raise RowsError(_SHARED.format(path=view.path))
-            now = tensors_in(view.seen)
-            if len(now) != len(view.tensors) or any(a is not b for a, b in zip(now, view.tensors, strict=True)):
-                value = put(value, self._layout, view.rows, None, view.seen, view.path)
+            now = leaves_of(view.seen)
+            if now.keys() != view.leaves.keys() or any(leaf is not view.leaves[at] for at, leaf in now.items()):
+                value = put(value, self._layout, view.rows, view.leaves, view.seen, view.path)
                 self.written = True
         if any(tensor.requires_grad for tensor in tensors_in(value)) and not self.written:
             views = [(view.rows, view.seen) for view in self._views.values()]

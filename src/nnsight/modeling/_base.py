@@ -14,7 +14,8 @@ from ..envoy import Aliases, Classes, Envoy, Tree
 from ..errors import InputError, NoInputError
 from ..names import Name, Named, find_named
 from ..trace import IN_A_TRACE, Edit, Editing, Given, Prepared, ScanTracer, Session, Tracer, save
-from ._batch import join_inputs, select_rows
+from ._batch import join_inputs
+from ._probe import choose_rows, select_rows
 
 
 class NNsight(Named):
@@ -183,11 +184,12 @@ class NNsight(Named):
         return Prepared(call, sizes)
 
     def _probe(self, args: tuple[Any, ...], kwargs: dict[str, Any], sizes: Sequence[int]) -> Probe | None:
-        """Forwards on rows 0 and 1 of two different inputs, from which layouts are learnt."""
+        """Forwards on four different rows of the batch, from which layouts are learnt."""
         if len(sizes) < 2:
             return None
+        places = choose_rows(sizes)
         return lambda rows: Call(
-            self._module, *select_rows((args, kwargs), rows, [0, sizes[0]], sum(sizes)), repeatable=False
+            self._module, *select_rows((args, kwargs), [places[row] for row in rows], sum(sizes)), repeatable=False
         )
 
     # --- edits -----------------------------------------------------------------------------------------------
