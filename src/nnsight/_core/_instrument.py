@@ -77,18 +77,18 @@ def _scripted_forward(module: Module) -> Forward:
     return forward  # type: ignore[return-value]
 
 
-_REPLACEMENT_CODE = make_replacement(Module(), None).__code__
+REPLACEMENT_CODE = make_replacement(Module(), None).__code__
 
 
 def _is_ours(forward: object) -> bool:
-    return getattr(forward, "__code__", None) is _REPLACEMENT_CODE
+    return getattr(forward, "__code__", None) is REPLACEMENT_CODE
 
 
 def plain_forward(module: Module) -> Forward:
     """The module's forward as it is outside a run, bound to the module."""
     own = vars(module).get("forward")
     while _is_ours(own):
-        cells = dict(zip(_REPLACEMENT_CODE.co_freevars, getattr(own, "__closure__", ()), strict=True))
+        cells = dict(zip(REPLACEMENT_CODE.co_freevars, getattr(own, "__closure__", ()), strict=True))
         own = cells["previous"].cell_contents
     if own is None and isinstance(module, ScriptModule):
         return _scripted_forward(module)
@@ -132,6 +132,7 @@ class Instruments:
         self.profile: dict[Module, int] | None = None
         self.first_calls: dict[Module, int] = {}
         self.layouts: Layouts | None = None
+        self.structure = object()  # another one once a module is exchanged
 
     @classmethod
     def of(cls, root: Module) -> Instruments:
@@ -266,7 +267,9 @@ class Instruments:
         here = {c.module for c in self._containers}
         self._always += [Container(m) for m in self._eager - here]
         self._members_of = [c.module._modules for c in self._containers]
-        self._children = [tuple(members.values()) for members in self._members_of]
+        children = [tuple(members.values()) for members in self._members_of]
+        if children != self._children:
+            self._children, self.structure = children, object()
         self._parents = {}
         self._members = frozenset()
         self._shared = None

@@ -12,6 +12,7 @@ from torch.nn import Module
 from ..config import CONFIG
 from ..errors import EditError, NNsightError, OutOfOrderError, StoppedError, WaitError
 from ._edits import Edits
+from ._fakes import Fakes
 from ._frames import user_frame
 from ._instrument import Instruments
 from ._joins import Joins
@@ -26,7 +27,7 @@ from ._rows import Layout, Rows, take
 from ._scoped import Scoped, join_parts, leave_parts, settle_parts
 from ._tensors import map_tensors
 from ._tuples import as_native
-from ._visit import INPUT, OUTPUT, STEP, Place, Request, Visit
+from ._visit import INPUT, OUTPUT, STEP, OperationPlace, Place, Request, Visit
 from ._worker import Worker
 
 
@@ -87,6 +88,7 @@ class Run:
         self.recordings = Recordings()
         self.layouts: Layouts | None = None
         self.joins = Joins()
+        self.fakes: Fakes | None = None  # in a scan
         self._prepare: Callable[[], Call] | None = prepare
         self._stopped = False
         self._failure: BaseException | None = None
@@ -293,6 +295,11 @@ class Run:
         visit = Visit(place, kind, value, index, max(self.main.step, 0), self.main.call_in_step(place, index))
         return take(value, self._layout(visit, kind, value, worker.rows.total), worker.rows, path, self.joins)
 
+    def arguments_of(self, visit: Visit, place: Any) -> tuple[tuple[Any, ...], dict[str, Any]] | None:
+        """What the call of `place` around a visit was given, while the model stands there."""
+        source = self.main if self.main is not None and visit is self.main.here else self._replay
+        return source.arguments_of(place) if source is not None else None
+
     def fail(self, error: BaseException) -> None:
         """Called by a deferred worker whose code raised: the run ends with this error."""
         self._failure = error
@@ -418,7 +425,9 @@ class Run:
     def _layout(self, visit: Visit, kind: str, value: Any, total: int) -> Layout:
         call = self.call
         assert call is not None
-        if visit.place in call.batch_first or call.probe is None:
+        place = visit.place
+        known = place.__class__ is OperationPlace and place.batch_first
+        if known or place in call.batch_first or call.probe is None:
             return dict.fromkeys(leaves_of(value), 0)
         owner = self if call.fake else self.instruments
         if owner.layouts is None:
