@@ -13,7 +13,7 @@ import torch
 from ..errors import EditError, RowsError
 from ._aliases import RowsTensor
 from ._joins import Joins, Piece
-from ._rows import SHARED, Layout, Rows, fit, pieces_of, take
+from ._rows import SHARED, UNKNOWN, Layout, Rows, fit, pieces_of, take
 from ._tensors import Mark, are_changed, constants_in, map_tensors, mark, snapshot, tensors_in
 
 if TYPE_CHECKING:
@@ -129,6 +129,7 @@ class Scoped:
         for i, tensor in enumerate(found):
             if tensor is not self._tensors[i] and not _is_view(tensor, part.views, i):
                 part.own[i] = fit(self._tensors[i], tensor, self._layout[i], part.rows, path)
+                part.path = path
         return part
 
     def _pieces(self, i: int) -> list[Piece]:
@@ -156,15 +157,16 @@ class Scoped:
                 kept = self._put(worker, part.seen, part.path)
                 kept.seen, kept.views = part.seen, now
         now = tensors_in(self.value)
-        if _differ(now, self._tensors):  # an item of a list or mapping was exchanged
-            self._tensors = now
-            for part in self._parts.values():
-                part.seen = None
+        if len(now) != len(self._tensors):
+            self._layout = [UNKNOWN] * len(now)  # whose the items are that a block has put in or taken out
+            self.replace(self.value)
+        elif self._joined is None:
+            self._exchange(list(self._tensors), now)
 
     def _follow_edits(self, joined: _Joined) -> None:
         """Let a joined value, and what it was made of, go on as one: both are held by somebody."""
-        tensors = [old.tensor for old in joined.marks]
-        if _differ(tensors_in(joined.value), tensors):
+        tensors, now = [old.tensor for old in joined.marks], tensors_in(joined.value)
+        if len(now) != len(tensors):
             self._commit(joined)
             return
         if are_changed(joined.marks):
@@ -173,9 +175,23 @@ class Scoped:
             for tensor, new in zip(tensors, self._join(), strict=True):
                 if new is not tensor:
                     tensor.copy_(new)
-        else:
+        elif not _differ(now, tensors):
             return
-        self._joined = _Joined(joined.value, _mark(tensors), _mark(self._sources()))
+        if _differ(now, tensors):
+            self._exchange(tensors, now)
+            following = iter(self._tensors)
+            self.value = map_tensors(lambda _: next(following), self.value)
+        self._joined = _Joined(joined.value, _mark(now), _mark(self._sources()))
+
+    def _exchange(self, before: list[torch.Tensor], now: list[torch.Tensor]) -> None:
+        """A block of the whole batch put other tensors in a list or mapping."""
+        changed = [i for i, tensor in enumerate(now) if tensor is not before[i]]
+        for i in changed:
+            self._tensors[i] = now[i]
+            for part in self._parts.values():
+                part.own[i] = None
+                if part.seen is not None and not _differ(tensors_in(part.seen), part.views):
+                    part.seen = None
 
     def _change_sources(self, joined: list[torch.Tensor]) -> None:
         for i, (whole, tensor) in enumerate(zip(self._tensors, joined, strict=True)):
@@ -207,7 +223,8 @@ class Scoped:
                 self._joins.add(old.tensor, self._layout[i], self._pieces(i), self._path())
 
     def _path(self) -> str:
-        return next((part.path for part in self._parts.values()), "a place of the model")
+        assigned = [part.path for part in self._parts.values() if any(own is not None for own in part.own)]
+        return next(iter(assigned), "a place of the model")
 
 
 # --- at a visit -------------------------------------------------------------------------------------------
