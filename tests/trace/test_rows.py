@@ -496,7 +496,10 @@ def test_a_copy_changed_in_place_while_the_model_holds_the_original(model, net, 
             model.branch[0].input = model.branch[0].input * 0
         with tracer.invoke():
             output = model.output
-    expected = edited(net, "branch.input", xs[0], lambda h: h * 2), edited(net, "branch.0.input", xs[1], torch.zeros_like)
+    expected = (
+        edited(net, "branch.input", xs[0], lambda h: h * 2),
+        edited(net, "branch.0.input", xs[1], torch.zeros_like),
+    )
     assert near(output, torch.cat(expected))
 
 
@@ -519,7 +522,10 @@ def test_a_copy_changed_in_place_that_nobody_else_holds(model, net, xs):
             model.viewed.input[:] = 0
         with tracer.invoke():
             output = model.output.clone()
-    expected = [edited(net, "first.output", xs[0], lambda h: h * 2), edited(net, "first.output", xs[1], torch.zeros_like)]
+    expected = [
+        edited(net, "first.output", xs[0], lambda h: h * 2),
+        edited(net, "first.output", xs[1], torch.zeros_like),
+    ]
     assert near(output, torch.cat(expected))
 
 
@@ -542,7 +548,9 @@ def test_a_value_changed_after_the_whole_batchs_was_made_of_it(model, xs):
 
 def test_what_is_no_tensor_belongs_to_all_rows(xs):
     model = NNsight(Several())
-    with pytest.raises(RowsError, match=r"model\.use\.input was assigned a value that differs.*tracer\.invoke\(\) without"):
+    with pytest.raises(
+        RowsError, match=r"model\.use\.input was assigned a value that differs.*tracer\.invoke\(\) without"
+    ):
         with model.trace() as tracer:
             with tracer.invoke(xs[0]):
                 args, kwargs = model.use.inputs

@@ -54,7 +54,7 @@ class Alias(torch.Tensor):
     def retains_grad(self) -> bool:  # type: ignore[override]
         return self._held.retains_grad
 
-    def requires_grad_(self, requires_grad: bool = True) -> Any:
+    def requires_grad_(self, requires_grad: bool = True) -> Any:  # type: ignore[override]
         self._held.requires_grad_(requires_grad)
         if self._held.requires_grad != (_grad_fn(self) is not None):
             torch._C._swap_tensor_impl(self, self._view())  # a view made before is no part of the graph
@@ -96,7 +96,7 @@ class RowsTensor(Alias):
         return None if whole is None else whole.narrow(*self._where)
 
     @grad.setter
-    def grad(self, value: torch.Tensor | None) -> None:  # pyright: ignore[reportIncompatibleVariableOverride]
+    def grad(self, value: torch.Tensor | None) -> None:
         whole = self._held.grad
         if value is None and whole is None:
             return
@@ -107,7 +107,7 @@ class RowsTensor(Alias):
         self._held.grad = changed  # the other rows keep theirs
 
     @property
-    def grad_fn(self) -> Any:  # type: ignore[override]
+    def grad_fn(self) -> Any:
         return _grad_fn(self)
 
     def register_hook(self, hook: Callable[[torch.Tensor], Any]) -> Any:

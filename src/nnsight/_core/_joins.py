@@ -57,7 +57,9 @@ class Joins:
     def add(self, joined: torch.Tensor, dim: int, pieces: Sequence[Piece], path: str) -> None:
         """Remember what a tensor that the model goes on with was made of."""
         kept = [
-            _Kept(weakref.ref(p.tensor), StorageWeakRef(p.tensor.untyped_storage()), _version(p.tensor), p.start, p.size)
+            _Kept(
+                weakref.ref(p.tensor), StorageWeakRef(p.tensor.untyped_storage()), _version(p.tensor), p.start, p.size
+            )
             for p in pieces
         ]
         key = id(joined)

@@ -91,7 +91,7 @@ def mark(tensor: torch.Tensor) -> Mark:
 
 def are_changed(marks: list[Mark]) -> bool:
     """Whether any of these tensors was changed in place."""
-    return any([_is_changed(*entry) for entry in marks])
+    return any(_is_changed(*entry) for entry in marks)
 
 
 def _is_changed(tensor: torch.Tensor, version: int, copy: torch.Tensor | None) -> bool:
