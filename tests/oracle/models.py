@@ -337,9 +337,7 @@ def _sites(name: str) -> tuple[Site, ...]:
             if layout is not None:
                 memory = numbers.setdefault(tensor.untyped_storage().data_ptr(), len(numbers))
                 needs_grad = tensor.requires_grad
-                found.append(
-                    Site(path, kind, item, layout, tensor.shape[-1], order, safe, needs_grad, fresh, memory)
-                )
+                found.append(Site(path, kind, item, layout, tensor.shape[-1], order, safe, needs_grad, fresh, memory))
     return tuple(found)
 
 

@@ -416,7 +416,7 @@ class _Drawing:
         if batched and any(o is not None and is_further(site, s) for s, o in self.assigned):
             return found  # the rows of the others are copies there, which is refused
         if self.family.gradients:
-            return [*found, "inplace"] if site.safe and not self.captured else found
+            return [*found, "inplace"] if site.safe and site.fresh and not self.captured else found
         return [*found, "inplace", "column", *(["last"] if site.layout in (SEQ, TIME) else [])]
 
     def may_capture(self, site: Site, owner: int | None) -> bool:

@@ -16,7 +16,6 @@ from torch._subclasses.fake_tensor import FakeTensor
 from ..errors import EditError
 
 _Shown = TypeVar("_Shown", bound="Alias")
-_plain = torch.Tensor
 
 
 class Alias(torch.Tensor):
@@ -36,7 +35,7 @@ class Alias(torch.Tensor):
 
     @property
     def requires_grad(self) -> bool:
-        return _requires_grad(self)  # what is computed from it has a gradient then
+        return _grad_fn(self) is not None  # what is computed from it has a gradient
 
     @requires_grad.setter
     def requires_grad(self, value: bool) -> None:
@@ -55,10 +54,10 @@ class Alias(torch.Tensor):
     def retains_grad(self) -> bool:  # type: ignore[override]
         return self._held.retains_grad
 
-    def requires_grad_(self, requires_grad: bool = True) -> Any:
+    def requires_grad_(self, requires_grad: bool = True) -> Any:  # type: ignore[override]
         self._held.requires_grad_(requires_grad)
-        if self._held.requires_grad != _requires_grad(self):
-            torch._C._swap_tensor_impl(self, self._view())  # a view made before knows nothing of it
+        if self._held.requires_grad != (_grad_fn(self) is not None):
+            torch._C._swap_tensor_impl(self, self._view())  # a view made before is no part of the graph
         return self
 
     def retain_grad(self) -> None:
@@ -97,7 +96,7 @@ class RowsTensor(Alias):
         return None if whole is None else whole.narrow(*self._where)
 
     @grad.setter
-    def grad(self, value: torch.Tensor | None) -> None:  # pyright: ignore[reportIncompatibleVariableOverride]
+    def grad(self, value: torch.Tensor | None) -> None:
         whole = self._held.grad
         if value is None and whole is None:
             return
@@ -108,8 +107,8 @@ class RowsTensor(Alias):
         self._held.grad = changed  # the other rows keep theirs
 
     @property
-    def grad_fn(self) -> Any:  # type: ignore[override]
-        return _plain.grad_fn.__get__(self)  # type: ignore[attr-defined]
+    def grad_fn(self) -> Any:
+        return _grad_fn(self)
 
     def register_hook(self, hook: Callable[[torch.Tensor], Any]) -> Any:
         def on_rows(whole: torch.Tensor) -> torch.Tensor | None:
@@ -190,8 +189,8 @@ def _may_have_gradients(tensor: torch.Tensor) -> bool:
     return type(tensor) in (torch.Tensor, torch.nn.Parameter) or isinstance(tensor, (Alias, FakeTensor))
 
 
-def _requires_grad(tensor: torch.Tensor) -> bool:
-    return _plain.requires_grad.__get__(tensor)  # type: ignore[attr-defined]
+def _grad_fn(tensor: torch.Tensor) -> Any:
+    return torch.Tensor.grad_fn.__get__(tensor)  # type: ignore[attr-defined]
 
 
 def _as_class(tensor: torch.Tensor, kind: type[torch.Tensor]) -> torch.Tensor:

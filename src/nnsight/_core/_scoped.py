@@ -143,6 +143,7 @@ class Scoped:
         for at, tensor in found.items():
             if tensor is not self._tensors[at] and not _is_view(tensor, part.views.get(at)):
                 part.own[at] = fit(self._tensors[at], tensor, self._layout.get(at, UNKNOWN), part.rows, f"{path}{at}")
+                part.path = path
         return part
 
     def _pieces(self, at: str) -> list[Piece]:
@@ -170,14 +171,16 @@ class Scoped:
                 kept = self._put(worker, part.seen, part.path)
                 kept.seen, kept.views = part.seen, now
         now = leaves_of(self.value)
-        if _differ(now, self._tensors):  # an item of a list or mapping was exchanged
-            self._tensors = now
-            for part in self._parts.values():
-                part.seen = None
+        if now.keys() != self._tensors.keys():
+            self._layout = {}  # whose the items are that a block has put in or taken out is not known
+            self.replace(self.value)
+        elif self._joined is None:
+            self._exchange(self._tensors, now)
 
     def _follow_edits(self, joined: _Joined) -> None:
         """Let a joined value, and what it was made of, go on as one: both are held by somebody."""
-        if _differ(leaves_of(joined.value), joined.leaves):
+        now = leaves_of(joined.value)
+        if now.keys() != joined.leaves.keys():
             self._commit(joined)
             return
         if are_changed(joined.marks):
@@ -187,9 +190,21 @@ class Scoped:
             for at, tensor in joined.leaves.items():
                 if new[at] is not tensor:
                     tensor.copy_(new[at])
-        else:
+        elif not _differ(now, joined.leaves):
             return
-        self._joined = joined._replace(marks=_mark(joined.leaves.values()), sources=_mark(self._sources()))
+        if _differ(now, joined.leaves):
+            self._exchange(joined.leaves, now)
+            self.value = map_leaves(lambda at, _: self._tensors[at], self.value)
+        self._joined = _Joined(joined.value, now, _mark(now.values()), _mark(self._sources()))
+
+    def _exchange(self, before: Leaves, now: Leaves) -> None:
+        """A block of the whole batch put other tensors in a list or mapping."""
+        for at in [at for at, tensor in now.items() if tensor is not before[at]]:
+            self._tensors[at] = now[at]
+            for part in self._parts.values():
+                part.own.pop(at, None)
+                if part.seen is not None and not _differ(leaves_of(part.seen), part.views):
+                    part.seen = None
 
     def _change_sources(self, joined: Leaves) -> None:
         for at, tensor in joined.items():
@@ -222,7 +237,8 @@ class Scoped:
                 self._joins.add(tensor, self._layout[at], self._pieces(at), self._path())
 
     def _path(self) -> str:
-        return next((part.path for part in self._parts.values()), "a place of the model")
+        assigned = [part.path for part in self._parts.values() if part.own]
+        return next(iter(assigned), "a place of the model")
 
 
 # --- at a visit -------------------------------------------------------------------------------------------
