@@ -35,7 +35,7 @@ ATTENTION = {
 DROPOUTS = {"gptj": "attn_dropout", "bloom": "attention_dropout"}
 EAGER_ONLY = {"gptj", "bloom", "gpt_oss", "gemma2"}
 
-Edit = Callable[[torch.Tensor], torch.Tensor | None]
+Edit = Callable[[torch.Tensor], torch.Tensor]
 
 
 def attention_of(case: Case, net: Module, layer: int) -> Module | None:
@@ -63,8 +63,11 @@ class Attended:
 
 
 @contextmanager
-def recorded(net: Module, edits: dict[Module, Edit] | None = None) -> Iterator[Attended]:
-    """Record the model's eager attention function; `edits` change the probabilities of a module's attention."""
+def recorded(net: Module, edits: dict[tuple[Module, str], Edit] | None = None) -> Iterator[Attended]:
+    """Record the model's eager attention function.
+
+    `edits` change what a module's function is given as `q`, `k`, `v`, `[batch, pos, head, d_head]`, or its `pattern`.
+    """
     found, edits = Attended(), edits or {}
     homes = {
         sys.modules[type(module).__module__] for module in net.modules() if type(module).__name__.endswith("Attention")
@@ -80,17 +83,18 @@ def recorded(net: Module, edits: dict[Module, Edit] | None = None) -> Iterator[A
         yield found
 
 
-def _patches(home: Any, found: Attended, edits: dict[Module, Edit]) -> dict[str, Any]:
+def _patches(home: Any, found: Attended, edits: dict[tuple[Module, str], Edit]) -> dict[str, Any]:
     patches: dict[str, Any] = {}
     attend = getattr(home, "eager_attention_forward", None)
     rotate = getattr(home, "apply_rotary_pos_emb", None)
 
     def attending(module: Module, q: Any, k: Any, v: Any, *args: Any, **kwargs: Any) -> Any:
-        output, weights = attend(module, q, k, v, *args, **kwargs)
         found.q[module], found.k[module], found.v[module] = (t.transpose(1, 2).clone() for t in (q, k, v))
+        q, k, v = (_edited(edits, (module, name), t.transpose(1, 2)).transpose(1, 2) for name, t in zip("qkv", (q, k, v), strict=True))
+        output, weights = attend(module, q, k, v, *args, **kwargs)
         found.pattern[module] = weights.clone()
-        if module in edits:
-            weights = _edited(edits[module], weights)
+        if (module, "pattern") in edits:
+            weights = _edited(edits, (module, "pattern"), weights)
             values = v.repeat_interleave(weights.shape[1] // v.shape[1], 1)
             output = (weights @ values).transpose(1, 2).contiguous()
         return output, weights
@@ -109,11 +113,10 @@ def _patches(home: Any, found: Attended, edits: dict[Module, Edit]) -> dict[str,
 def _at_dropout(found: Attended, edits: dict[Module, Edit], module: Module) -> Any:
     def hook(_: Module, args: tuple[Any, ...]) -> Any:
         found.pattern[module] = args[0].clone()
-        return (_edited(edits[module], args[0]), *args[1:]) if module in edits else None
+        return (_edited(edits, (module, "pattern"), args[0]), *args[1:])
 
     return hook
 
 
-def _edited(edit: Edit, weights: torch.Tensor) -> torch.Tensor:
-    changed = edit(weights)
-    return weights if changed is None else changed
+def _edited(edits: dict[tuple[Module, str], Edit], key: tuple[Module, str], value: torch.Tensor) -> torch.Tensor:
+    return edits[key](value.clone()) if key in edits else value
