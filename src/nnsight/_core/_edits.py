@@ -99,15 +99,14 @@ class Edits:
 
     def give(self, visit: Visit, value: Any, path: str) -> None:
         """A block is given `value` at `visit`."""
-        if type(value) is torch.Tensor and not value.is_inference():
-            versions = [(value, value._version)]
-        else:
-            versions = snapshot(value)
-            if versions is None:
-                self._untracked = True
-                return
-            self._note_objects(value)
-        if visit.given is None:
+        if type(value) is torch.Tensor and visit.lent is None and not value.is_inference():
+            visit.lent = (value, value._version, path)
+            return
+        self._note_objects(value)
+        versions = snapshot(value)
+        if versions is None:
+            self._untracked = True
+        elif visit.given is None:
             visit.given = [(value, versions, path)]
         else:
             visit.given.append((value, versions, path))
@@ -117,6 +116,14 @@ class Edits:
         changed = visit.written
         exchanged = False  # an item of a list or mapping was
         touched: list[torch.Tensor] = []
+        if visit.lent is not None:
+            tensor, version, path = visit.lent
+            now = tensor._version
+            if now != version:
+                changed = True
+                touched.append(tensor)
+            self._reads.append((weakref.ref(tensor), now, path))
+            visit.lent = None
         for value, versions, path in visit.given or ():
             for tensor, version in versions:
                 now = tensor._version
@@ -144,6 +151,10 @@ class Edits:
         self._objects.clear()
 
     def _record(self, visit: Visit, touched: list[torch.Tensor], replaced: bool) -> None:
+        if visit.written and not touched and type(visit.value) is torch.Tensor and not visit.value.is_inference():
+            edit = Edit(None, visit.value, True, visit.skipped is not None, [(visit.value, visit.value._version)])
+            self.by_visit[visit.place, visit.kind, visit.index] = edit
+            return
         own = visit.before if visit.written and visit.skipped is None else visit.value
         value = None
         if replaced:

@@ -137,6 +137,7 @@ class Layouts:
         root = self._instruments.root
         trial = Pass(call, self._instruments, self._stepper, Modes(False, None), overrides, look_at, _nothing)
         trial.learn(keep=False)
+        trial.attended.update(places)
         for place in places:
             trial.wanted_inputs[place] = trial.wanted_outputs[place] = 1
         with preserved_attributes(root), preserved_buffers(root), preserved_random_state():

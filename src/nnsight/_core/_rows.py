@@ -12,11 +12,14 @@ from typing import Any, NamedTuple
 import torch
 
 from ..errors import EditError, RowsError
-from ._leaves import leaves_of, map_leaves, restore
+from ._aliases import rows_of
+from ._joins import Joins, Piece
+from ._leaves import map_leaves
 
 SHARED = -1  # a tensor that all rows have in common
 UNKNOWN = -2  # a tensor whose rows cannot be told apart
 
+Parts = list[tuple["Rows", torch.Tensor]]
 Layout = Mapping[str, int]  # for each leaf of a value, the dimension that follows the batch, or one of the above
 
 
@@ -35,81 +38,47 @@ class Rows(NamedTuple):
         return self.start * each, self.size * each
 
 
-def take(value: Any, layout: Layout, rows: Rows, path: str) -> Any:
+def take(value: Any, layout: Layout, rows: Rows, path: str, joins: Joins) -> Any:
     """`value` with every tensor narrowed to `rows`; views, so that in-place edits reach the model."""
 
     def narrow(at: str, tensor: torch.Tensor) -> torch.Tensor:
-        dim = layout[at]
+        dim = layout.get(at, UNKNOWN)
         if dim == SHARED:
             return tensor
         if dim == UNKNOWN:
             raise RowsError(_UNKNOWN.format(path=f"{path}{at}", shape=list(tensor.shape)))
-        return tensor.narrow(dim, *rows.span(tensor.shape[dim], f"{path}{at}"))
+        start, size = rows.span(tensor.shape[dim], f"{path}{at}")
+        return rows_of(tensor, dim, start, size, *joins.source(tensor, dim, start, size))
 
     return map_leaves(narrow, value)
 
 
-def put(value: Any, layout: Layout, rows: Rows, seen: Mapping[str, torch.Tensor], new: Any, path: str) -> Any:
-    """`new`, which stands for `rows` alone, as a value of the whole batch.
-
-    `seen` holds the leaves that the block was given for these rows: one of them, or of `value`, that is still in `new`
-    means "as it was".
-    """
-    whole, parts = leaves_of(value), leaves_of(new)
-    if whole.keys() != parts.keys():
-        raise EditError(
-            f"{path} holds {len(whole)} tensors ({_names(whole)}) and was assigned {len(parts)} ({_names(parts)}): in a "
-            "batch of several invokes an assigned value must have the form of the one it replaces."
-        )
-    merged = {}
-    for at, old in whole.items():
-        part = parts[at]
-        unchanged = part is old or part is seen.get(at)
-        merged[at] = old if unchanged else _merge(old, part, layout[at], rows, f"{path}{at}")
-    return restore(new, value, merged)
-
-
-def _names(leaves: Mapping[str, torch.Tensor]) -> str:
-    return ", ".join(at or "itself" for at in list(leaves)[:6]) + (", …" if len(leaves) > 6 else "")
-
-
-def _merge(old: torch.Tensor, part: torch.Tensor, dim: int, rows: Rows, path: str) -> torch.Tensor:
+def fit(whole: torch.Tensor, part: torch.Tensor, dim: int, rows: Rows, path: str) -> torch.Tensor:
+    """`part` as it can stand for `rows` of `whole`."""
     if dim < 0:
         kind = _SHARED if dim == SHARED else _UNKNOWN
-        raise RowsError(kind.format(path=path, shape=list(old.shape)))
-    start, size = rows.span(old.shape[dim], path)
-    expected = [*old.shape[:dim], size, *old.shape[dim + 1 :]]
+        raise RowsError(kind.format(path=path, shape=list(whole.shape)))
+    _, size = rows.span(whole.shape[dim], path)
+    expected = [*whole.shape[:dim], size, *whole.shape[dim + 1 :]]
     if list(part.shape) != expected:
         try:
-            part = part.expand(expected)
+            part = part.expand(expected).contiguous()
         except RuntimeError:
             raise EditError(
                 f"{path} was assigned a tensor of shape {list(part.shape)}; the rows of this invoke have {expected}."
             ) from None
-    end = start + size
-    pieces = (old.narrow(dim, 0, start), part.to(old), old.narrow(dim, end, old.shape[dim] - end))
-    return torch.cat([piece for piece in pieces if piece.shape[dim]], dim)
+    return part.to(whole)
 
 
-def join_views(value: Any, layout: Layout, views: list[tuple[Rows, Any]], path: str) -> Any:
-    """`value` composed of the views that blocks hold, so that gradients pass through them; objects stay as they are."""
-    held = [(rows, leaves_of(seen)) for rows, seen in sorted(views, key=lambda view: view[0].start)]
-
-    def join(at: str, tensor: torch.Tensor) -> torch.Tensor:
-        dim = layout[at]
-        if dim < 0 or not tensor.requires_grad:
-            return tensor
-        pieces, done = [], 0
-        for rows, tensors in held:
-            start, size = rows.span(tensor.shape[dim], path)
-            if start < done or tensors[at].shape[dim] != size:
-                return tensor
-            pieces += [tensor.narrow(dim, done, start - done), tensors[at]]
-            done = start + size
-        pieces.append(tensor.narrow(dim, done, tensor.shape[dim] - done))
-        return torch.cat([piece for piece in pieces if piece.shape[dim]], dim)
-
-    return map_leaves(join, value, in_objects=False)
+def pieces_of(whole: torch.Tensor, dim: int, parts: Parts) -> list[Piece]:
+    """What a tensor like `whole` with `parts` in their rows is made of, in order."""
+    found, at = [], 0
+    for rows, part in sorted(parts, key=lambda pair: pair[0].start):
+        start, size = rows.span(whole.shape[dim], "")
+        found += [Piece(whole, at, start - at), Piece(part, 0, size)]
+        at = start + size
+    found.append(Piece(whole, at, whole.shape[dim] - at))
+    return [piece for piece in found if piece.size]
 
 
 _UNEVEN = """\

@@ -12,12 +12,13 @@ from .. import _patches
 from .._core import Call, Override, Probe
 from ..envoy import Aliases, Classes, Envoy, Tree
 from ..errors import InputError, NoInputError
+from ..names import Name, Named, find_named
 from ..trace import IN_A_TRACE, Edit, Editing, Given, Prepared, ScanTracer, Session, Tracer, save
 from ._batch import join_inputs
 from ._probe import choose_rows, select_rows
 
 
-class NNsight(Envoy):
+class NNsight(Named):
     """Wraps a module; the module itself is used as it stands and is never changed.
 
     Example:
@@ -56,12 +57,14 @@ class NNsight(Envoy):
             raise InputError(f"NNsight wraps a torch.nn.Module, not a {type(module).__name__}.")
         _patches.mount(save, IN_A_TRACE)
         tree = Tree(module)
+        tree.find_named = find_named
         super().__init__(module, "model", tree)
         if envoys:
             tree.classes = Classes(module, envoys, Envoy)
         if rename:
             kinds = {type(self), Envoy, *(envoys or {}).values()}
-            tree.aliases = Aliases(module, rename, {name for kind in kinds for name in dir(kind)})
+            taken = {name for kind in kinds for name in dir(kind) if not isinstance(vars(Named).get(name), Name)}
+            tree.aliases = Aliases(module, rename, taken)
         self._edits: list[Edit] = []
 
     @property
