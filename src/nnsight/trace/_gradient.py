@@ -66,6 +66,7 @@ class Backward:
         self._loss: torch.Tensor | None = loss
         self._backward = backward
         self._flow = HaltingBackward(backward)
+        self._entered = False
         self._outer: Backward | None = None
         self._graph: Graph | None = None
         self._os_thread = threading.get_ident()
@@ -74,8 +75,9 @@ class Backward:
         self._last_line = ""
 
     def __enter__(self) -> Backward:
-        if self._loss is None or self._flow.started:
+        if self._entered:
             raise GradientError("A backward block can be entered once: call loss.backward() again.")
+        self._entered = True
         self._outer = _open.get(self._worker)
         _open[self._worker] = self
         for replacement in _in_a_block:
