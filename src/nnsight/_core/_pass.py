@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
@@ -387,9 +388,12 @@ class Pass:
         return self.counts.get(place, 0) - self.running.count(place)
 
     def arguments_of(self, place: Any) -> tuple[tuple[Any, ...], dict[str, Any]] | None:
-        """What the call of `place` that runs now was given: looked for on the stack, so that calls pay nothing for it."""
-        frame = self._coroutine.gr_frame if self._coroutine is not None else None
-        while frame is not None:
+        """What the call of `place` that runs now was given.
+
+        Asked in the model's own code; it is looked for on the stack, so that calls pay nothing for it.
+        """
+        frame = sys._getframe(1)
+        while frame is not None and frame.f_code is not _MAIN:
             name = _CALLS.get(frame.f_code)
             if name is not None and frame.f_locals[name] is place:
                 return frame.f_locals["args"], frame.f_locals["kwargs"]
@@ -431,6 +435,7 @@ class Pass:
 
 
 _CALLS = {Pass.call.__code__: "place", REPLACEMENT_CODE: "module"}  # what their variable for the place is called
+_MAIN = Pass._main.__code__
 
 
 def _nothing(*_: Any) -> None:

@@ -295,11 +295,6 @@ class Run:
         visit = Visit(place, kind, value, index, max(self.main.step, 0), self.main.call_in_step(place, index))
         return take(value, self._layout(visit, kind, value, worker.rows.total), worker.rows, path, self.joins)
 
-    def arguments_of(self, visit: Visit, place: Any) -> tuple[tuple[Any, ...], dict[str, Any]] | None:
-        """What the call of `place` around a visit was given, while the model stands there."""
-        source = self.main if self.main is not None and visit is self.main.here else self._replay
-        return source.arguments_of(place) if source is not None else None
-
     def fail(self, error: BaseException) -> None:
         """Called by a deferred worker whose code raised: the run ends with this error."""
         self._failure = error
