@@ -455,8 +455,9 @@ class _Drawing:
             own = at == index
             if own and bound_in is None and action not in done:
                 continue
-            if self.mixes_rows and not (own and action.full):
-                continue
+            whole = owner is None and len(self.inputs) > 1 and bool(self.with_gradients)
+            if (self.mixes_rows or whole) and not (own and action.full):
+                continue  # losses would have gradients in the rows of others
             if self.family.gradients and not own and self.owners[at] is None:
                 continue  # what the whole batch gave does not come from an invoke's own part of it
             if not own and not self.passes_on(action.site, bound_in, site, step):
