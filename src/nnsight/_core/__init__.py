@@ -6,6 +6,7 @@ the model goes on with the value as it was left.
 """
 
 from ._coroutine import current_pass as current_pass
+from ._coroutine import uncounted as uncounted
 from ._fakes import Fakes as Fakes
 from ._frames import describe_line as describe_line
 from ._frames import trim as trim
@@ -14,10 +15,14 @@ from ._frames import user_line as user_line
 from ._instrument import Instruments as Instruments
 from ._instrument import plain_forward as plain_forward
 from ._layouts import Probe as Probe
+from ._leaves import leaves_of as leaves_of
+from ._leaves import map_leaves as map_leaves
 from ._modes import capture_modes as capture_modes
 from ._modes import switch_modes as switch_modes
 from ._order import path_of as path_of
 from ._pass import Override as Override
+from ._pass import Pass as Pass
+from ._preserve import Attributes as Attributes
 from ._rows import Rows as Rows
 from ._run import Call as Call
 from ._run import Run as Run

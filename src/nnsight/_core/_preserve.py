@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
+from typing import Any
 
 import torch
 from torch.nn import Module
@@ -38,6 +39,37 @@ def preserved_buffers(root: Module) -> Iterator[list[torch.Tensor]]:
                 if _version(buffer) != version or not _same(buffer, copy):
                     changed.append(buffer)
                     buffer.copy_(copy)
+
+
+@contextmanager
+def preserved_attributes(root: Module) -> Iterator[None]:
+    """Put what the modules hold back afterwards: some forwards keep a table, a position or a statistic."""
+    attributes = Attributes(root)
+    try:
+        yield
+    finally:
+        attributes.put_back()
+
+
+class Attributes:
+    """What the modules of a tree hold: their attributes, parameters and buffers."""
+
+    def __init__(self, root: Module) -> None:
+        self._before = [(held, dict(held)) for module in root.modules() for held in _held_by(module)]
+
+    def put_back(self) -> None:
+        """Undo every assignment since."""
+        for held, before in self._before:
+            changed = [name for name, value in held.items() if before.get(name, held) is not value]
+            for name in {*changed, *(before.keys() - held.keys())} - {"forward"}:
+                if name in before:
+                    held[name] = before[name]
+                else:
+                    del held[name]
+
+
+def _held_by(module: Module) -> tuple[dict[str, Any], ...]:
+    return vars(module), module._buffers, module._parameters
 
 
 def _put_back(owner: Slots, was: Slots, changed: list[torch.Tensor]) -> None:

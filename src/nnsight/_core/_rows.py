@@ -6,17 +6,18 @@ the batch may belong to something else, and a router's `[batch * seq, d]` has no
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any, NamedTuple
 
 import torch
 
 from ..errors import EditError, RowsError
-from ._tensors import map_tensors, tensors_in
+from ._leaves import leaves_of, map_leaves, restore
 
 SHARED = -1  # a tensor that all rows have in common
 UNKNOWN = -2  # a tensor whose rows cannot be told apart
 
-Layout = list[int]  # for each tensor in a value, the dimension that follows the batch, or one of the above
+Layout = Mapping[str, int]  # for each leaf of a value, the dimension that follows the batch, or one of the above
 
 
 class Rows(NamedTuple):
@@ -36,37 +37,40 @@ class Rows(NamedTuple):
 
 def take(value: Any, layout: Layout, rows: Rows, path: str) -> Any:
     """`value` with every tensor narrowed to `rows`; views, so that in-place edits reach the model."""
-    dims = iter(layout)
 
-    def narrow(tensor: torch.Tensor) -> torch.Tensor:
-        dim = next(dims)
+    def narrow(at: str, tensor: torch.Tensor) -> torch.Tensor:
+        dim = layout[at]
         if dim == SHARED:
             return tensor
         if dim == UNKNOWN:
-            raise RowsError(_UNKNOWN.format(path=path, shape=list(tensor.shape)))
-        return tensor.narrow(dim, *rows.span(tensor.shape[dim], path))
+            raise RowsError(_UNKNOWN.format(path=f"{path}{at}", shape=list(tensor.shape)))
+        return tensor.narrow(dim, *rows.span(tensor.shape[dim], f"{path}{at}"))
 
-    return map_tensors(narrow, value)
+    return map_leaves(narrow, value)
 
 
-def put(value: Any, layout: Layout, rows: Rows, seen: Any, new: Any, path: str) -> Any:
+def put(value: Any, layout: Layout, rows: Rows, seen: Mapping[str, torch.Tensor], new: Any, path: str) -> Any:
     """`new`, which stands for `rows` alone, as a value of the whole batch.
 
-    `seen` is what the block was given for these rows: a tensor of it, or of `value`, that is still in `new` means "as
-    it was".
+    `seen` holds the leaves that the block was given for these rows: one of them, or of `value`, that is still in `new`
+    means "as it was".
     """
-    whole, parts, views = tensors_in(value), tensors_in(new), tensors_in(seen)
-    if len(whole) != len(parts):
+    whole, parts = leaves_of(value), leaves_of(new)
+    if whole.keys() != parts.keys():
         raise EditError(
-            f"{path} holds {len(whole)} tensors and was assigned {len(parts)}: in a batch of several invokes an assigned "
-            "value must have the form of the one it replaces."
+            f"{path} holds {len(whole)} tensors ({_names(whole)}) and was assigned {len(parts)} ({_names(parts)}): in a "
+            "batch of several invokes an assigned value must have the form of the one it replaces."
         )
-    merged = []
-    for i, (old, part) in enumerate(zip(whole, parts, strict=True)):
-        unchanged = part is old or (i < len(views) and part is views[i])
-        merged.append(old if unchanged else _merge(old, part, layout[i], rows, path))
-    following = iter(merged)
-    return map_tensors(lambda _: next(following), new)
+    merged = {}
+    for at, old in whole.items():
+        part = parts[at]
+        unchanged = part is old or part is seen.get(at)
+        merged[at] = old if unchanged else _merge(old, part, layout[at], rows, f"{path}{at}")
+    return restore(new, value, merged)
+
+
+def _names(leaves: Mapping[str, torch.Tensor]) -> str:
+    return ", ".join(at or "itself" for at in list(leaves)[:6]) + (", …" if len(leaves) > 6 else "")
 
 
 def _merge(old: torch.Tensor, part: torch.Tensor, dim: int, rows: Rows, path: str) -> torch.Tensor:
@@ -88,26 +92,24 @@ def _merge(old: torch.Tensor, part: torch.Tensor, dim: int, rows: Rows, path: st
 
 
 def join_views(value: Any, layout: Layout, views: list[tuple[Rows, Any]], path: str) -> Any:
-    """`value` composed of the views that blocks hold, so that gradients pass through them."""
-    held = [(rows, tensors_in(seen)) for rows, seen in views]
-    position = iter(range(len(layout)))
+    """`value` composed of the views that blocks hold, so that gradients pass through them; objects stay as they are."""
+    held = [(rows, leaves_of(seen)) for rows, seen in sorted(views, key=lambda view: view[0].start)]
 
-    def join(tensor: torch.Tensor) -> torch.Tensor:
-        i = next(position)
-        dim = layout[i]
+    def join(at: str, tensor: torch.Tensor) -> torch.Tensor:
+        dim = layout[at]
         if dim < 0 or not tensor.requires_grad:
             return tensor
-        pieces, at = [], 0
-        for rows, tensors in sorted(held, key=lambda pair: pair[0].start):
+        pieces, done = [], 0
+        for rows, tensors in held:
             start, size = rows.span(tensor.shape[dim], path)
-            if start < at or tensors[i].shape[dim] != size:
+            if start < done or tensors[at].shape[dim] != size:
                 return tensor
-            pieces += [tensor.narrow(dim, at, start - at), tensors[i]]
-            at = start + size
-        pieces.append(tensor.narrow(dim, at, tensor.shape[dim] - at))
+            pieces += [tensor.narrow(dim, done, start - done), tensors[at]]
+            done = start + size
+        pieces.append(tensor.narrow(dim, done, tensor.shape[dim] - done))
         return torch.cat([piece for piece in pieces if piece.shape[dim]], dim)
 
-    return map_tensors(join, value)
+    return map_leaves(join, value, in_objects=False)
 
 
 _UNEVEN = """\
@@ -116,9 +118,9 @@ invoke cannot be told from another's. Read it in a trace of this input alone, or
 sees the whole batch."""
 
 _UNKNOWN = """\
-The rows of one invoke cannot be told from another's at {path} (shape {shape}): its layout depends on the data, or does \
-not follow the batch in one dimension. Read it in a trace of this input alone, or in tracer.invoke() without input, which \
-sees the whole batch."""
+The rows of one invoke cannot be told from another's at {path} (shape {shape}): its layout depends on the data, it is \
+made from all rows together, or it does not follow the batch in one dimension. Read it in a trace of this input alone, or \
+in tracer.invoke() without input, which sees the whole batch."""
 
 _SHARED = """\
 {path} (shape {shape}) is shared by all rows of the batch, so one invoke cannot change it for itself alone. Change it in \

@@ -12,19 +12,21 @@ from torch.nn import Module
 from ..config import CONFIG
 from ..errors import EditError, NNsightError, OutOfOrderError, StoppedError, WaitError
 from ._edits import Edits
+from ._fakes import Fakes
 from ._frames import user_frame
 from ._instrument import Instruments
 from ._layouts import Layouts, Probe
+from ._leaves import leaves_of
 from ._modes import capture_modes
 from ._order import explain_late
 from ._pass import Override, Pass
 from ._record import Recording, Recordings
 from ._replay import Replay
-from ._rows import Layout, take
+from ._rows import Layout, Rows, take
 from ._scoped import Scoped
-from ._tensors import map_tensors, tensors_in
+from ._tensors import map_tensors
 from ._tuples import as_native
-from ._visit import INPUT, OUTPUT, STEP, Place, Request, Visit
+from ._visit import INPUT, OUTPUT, STEP, OperationPlace, Place, Request, Visit
 from ._worker import Worker
 
 
@@ -84,6 +86,7 @@ class Run:
         self.saved: list[Any] = []
         self.recordings = Recordings()
         self.layouts: Layouts | None = None
+        self.fakes: Fakes | None = None  # in a scan
         self._prepare: Callable[[], Call] | None = prepare
         self._stopped = False
         self._failure: BaseException | None = None
@@ -196,8 +199,8 @@ class Run:
                 return visit
         return self._late(request, worker, write)
 
-    def read(self, worker: Worker, place: Any, kind: str, path: str) -> tuple[Visit, Any]:
-        """The value at a place, with the visit it belongs to."""
+    def read(self, worker: Worker, place: Any, kind: str, path: str, *, held: bool = False) -> tuple[Visit, Any]:
+        """The value at a place, with the visit it belongs to; the model has a `held` one in use elsewhere too."""
         if self.lone and kind == OUTPUT:
             main = self.main or self.start()
             if place not in main.counts and main.is_ahead(place):
@@ -210,7 +213,7 @@ class Run:
         visit = self.reach(worker, place, kind, path)
         value = visit.value if visit.kind == kind else visit.inputs
         if worker.rows is not None:
-            value = self._scoped(visit, kind, value).give(worker, path)
+            value = self._scoped(visit, kind, value, worker.rows, held=held, path=path).give(worker, path)
         if self.main is None or (visit is not self.main.here and visit.place not in self.main.final):
             value = map_tensors(torch.Tensor.detach, value)
             self.edits.note_late_read(f"{path}.{kind}", value)
@@ -228,7 +231,7 @@ class Run:
             raise EditError(f"{path} can be read, not changed: change the values it is made from.")
         value = value if type(value) is torch.Tensor else as_native(value)
         if worker.rows is not None:
-            value = self._scoped(visit, visit.kind, visit.value).merge(worker, value, path)
+            value = self._scoped(visit, visit.kind, visit.value, worker.rows).merge(worker, value, path)
         if not visit.written:
             visit.before = visit.value
         visit.value = value
@@ -280,7 +283,12 @@ class Run:
         """The rows of `worker` in a value of the call number `index` of a place."""
         assert self.main is not None
         visit = Visit(place, kind, value, index, max(self.main.step, 0), self.main.call_in_step(place, index))
-        return take(value, self._layout(visit, kind, value), worker.rows, path)
+        return take(value, self._layout(visit, kind, value, worker.rows.total), worker.rows, path)
+
+    def arguments_of(self, visit: Visit, place: Any) -> tuple[tuple[Any, ...], dict[str, Any]] | None:
+        """What the call of `place` around a visit was given, while the model stands there."""
+        source = self.main if self.main is not None and visit is self.main.here else self._replay
+        return source.arguments_of(place) if source is not None else None
 
     def fail(self, error: BaseException) -> None:
         """Called by a deferred worker whose code raised: the run ends with this error."""
@@ -390,24 +398,29 @@ class Run:
             while worker.request is None and worker.is_ready():
                 self._let_run(worker)
 
-    def _scoped(self, visit: Visit, kind: str, value: Any) -> Scoped:
-        scoped = visit.scoped
+    def _scoped(self, visit: Visit, kind: str, value: Any, rows: Rows, *, held: bool = False, path: str = "") -> Scoped:
+        if visit.scoped is None:
+            visit.scoped = {}
+        scoped = visit.scoped.get(kind)
         if scoped is None:
-            scoped = visit.scoped = {}
-        if kind not in scoped:
-            scoped[kind] = Scoped(value, self._layout(visit, kind, value))
-        scoped[kind].value = value
-        return scoped[kind]
+            scoped = visit.scoped[kind] = Scoped(value, self._layout(visit, kind, value, rows.total))
+        scoped.value = value
+        if held and visit.kind == kind:
+            scoped.hold(path)
+            visit.value = scoped.value
+        return scoped
 
-    def _layout(self, visit: Visit, kind: str, value: Any) -> Layout:
+    def _layout(self, visit: Visit, kind: str, value: Any, total: int) -> Layout:
         call = self.call
         assert call is not None
-        if visit.place in call.batch_first or call.probe is None:
-            return [0] * len(tensors_in(value))
+        place = visit.place
+        known = place.__class__ is OperationPlace and place.batch_first
+        if known or place in call.batch_first or call.probe is None:
+            return dict.fromkeys(leaves_of(value), 0)
         owner = self if call.fake else self.instruments
         if owner.layouts is None:
             owner.layouts = Layouts(self.instruments, self.stepper)
-        return owner.layouts.find(visit, kind, value, call.probe, self.overrides)
+        return owner.layouts.find(visit, kind, value, total, call.probe, self.overrides)
 
     def _leave_scoped(self, visit: Visit) -> None:
         scoped = (visit.scoped or {}).get(visit.kind)
@@ -420,6 +433,8 @@ class Run:
             self._failure = error
             self.main.pause()  # type: ignore[union-attr]
         visit.written = visit.written or scoped.written
+        if scoped.held and visit.given:
+            visit.given = [(tensor, [(tensor, version)], visit.given[0][2]) for tensor, version in scoped.held]
 
     def _missed(self) -> None:
         """In the model's coroutine: wake whoever waits for something that has passed."""

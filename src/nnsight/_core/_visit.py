@@ -37,15 +37,17 @@ class Place:
 class OperationPlace(Place):
     """An operation inside a forward.
 
-    `owner` is what calls it, the module or an operation of it; `module` the module around both.
+    `owner` is what calls it, the module or an operation of it; `module` the module around both.  With `batch_first`
+    its value is known to follow the batch in its first dimension.
     """
 
-    __slots__ = ("module", "owner")
+    __slots__ = ("batch_first", "module", "owner")
 
-    def __init__(self, name: str, owner: Any, module: Any) -> None:
+    def __init__(self, name: str, owner: Any, module: Any, *, batch_first: bool = False) -> None:
         super().__init__(name)
         self.owner = owner
         self.module = module
+        self.batch_first = batch_first
 
 
 RESULT = Place("tracer.result", final=True)

@@ -12,11 +12,13 @@ from .. import _patches
 from .._core import Call, Override, Probe
 from ..envoy import Aliases, Classes, Envoy, Tree
 from ..errors import InputError, NoInputError
+from ..names import Name, Named, find_named
 from ..trace import IN_A_TRACE, Edit, Editing, Given, Prepared, ScanTracer, Session, Tracer, save
-from ._batch import join_inputs, select_rows
+from ._batch import join_inputs
+from ._probe import choose_rows, select_rows
 
 
-class NNsight(Envoy):
+class NNsight(Named):
     """Wraps a module; the module itself is used as it stands and is never changed.
 
     Example:
@@ -55,12 +57,14 @@ class NNsight(Envoy):
             raise InputError(f"NNsight wraps a torch.nn.Module, not a {type(module).__name__}.")
         _patches.mount(save, IN_A_TRACE)
         tree = Tree(module)
+        tree.find_named = find_named
         super().__init__(module, "model", tree)
         if envoys:
             tree.classes = Classes(module, envoys, Envoy)
         if rename:
             kinds = {type(self), Envoy, *(envoys or {}).values()}
-            tree.aliases = Aliases(module, rename, {name for kind in kinds for name in dir(kind)})
+            taken = {name for kind in kinds for name in dir(kind) if not isinstance(vars(Named).get(name), Name)}
+            tree.aliases = Aliases(module, rename, taken)
         self._edits: list[Edit] = []
 
     @property
@@ -180,11 +184,12 @@ class NNsight(Envoy):
         return Prepared(call, sizes)
 
     def _probe(self, args: tuple[Any, ...], kwargs: dict[str, Any], sizes: Sequence[int]) -> Probe | None:
-        """Forwards on rows 0 and 1 of two different inputs, from which layouts are learnt."""
+        """Forwards on four different rows of the batch, from which layouts are learnt."""
         if len(sizes) < 2:
             return None
+        places = choose_rows(sizes)
         return lambda rows: Call(
-            self._module, *select_rows((args, kwargs), rows, [0, sizes[0]], sum(sizes)), repeatable=False
+            self._module, *select_rows((args, kwargs), [places[row] for row in rows], sum(sizes)), repeatable=False
         )
 
     # --- edits -----------------------------------------------------------------------------------------------

@@ -7,7 +7,7 @@ from typing import Any
 
 import torch
 
-from .._core import map_tensors, tensors_in
+from .._core import tensors_in
 from ..errors import InputError
 from ..trace import Given
 
@@ -23,20 +23,6 @@ def join_inputs(givens: Sequence[Given]) -> tuple[tuple[Any, ...], dict[str, Any
     sizes = [_rows_of(given) for given in givens]
     args, kwargs = _join([tuple(given) for given in givens])
     return args, kwargs, sizes
-
-
-def select_rows(
-    value: tuple[tuple[Any, ...], dict[str, Any]], rows: list[int], starts: list[int], total: int
-) -> tuple[tuple[Any, ...], dict[str, Any]]:
-    """The same arguments with the batch made of the rows numbered `starts[row]` for each of `rows`."""
-
-    def select(tensor: torch.Tensor) -> torch.Tensor:
-        if not tensor.dim() or tensor.shape[0] != total:
-            return tensor
-        index = torch.tensor([starts[row] for row in rows], device=tensor.device)
-        return tensor.detach().index_select(0, index)
-
-    return map_tensors(select, value)
 
 
 def _rows_of(given: Given) -> int:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import functools
 import inspect
 from collections.abc import Callable, Mapping
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch.nn import Module
@@ -21,6 +21,7 @@ from ._hidden import returns_tuple, show_block_output, take_block_output
 from ._loading import Source
 from ._outputs import show_causal_output
 from ._pattern import PatternOnDemand
+from ._probe import choose_rows, sample_tokens, select_rows, two_steps
 from ._text import encode, given_values, is_plain_ids, make_batch, positions, split_options
 
 
@@ -195,9 +196,11 @@ class LanguageModel(NNsight):
         if "inputs_embeds" in kwargs:
             return Prepared(Call(self._module, (), kwargs, repeatable=True), [kwargs["inputs_embeds"].shape[0]])
         batch, sizes = self._encode(givens, kwargs, options)
-        if getattr(self._config, "is_encoder_decoder", False) and "labels" not in kwargs:
+        if self._has_encoder and "labels" not in kwargs:
             batch.setdefault("decoder_input_ids", self._decoder_start(batch["input_ids"]))
-        call = Call(self._module, (), {**batch, **kwargs}, repeatable=True, probe=self._probe_batch(batch, sizes))
+        call = Call(
+            self._module, (), {**batch, **kwargs}, repeatable=True, probe=self._probe_batch(batch, sizes, kwargs)
+        )
         return Prepared(call, sizes)
 
     def _prepare_generation(self, givens: list[Given], kwargs: dict[str, Any]) -> Prepared:
@@ -207,7 +210,7 @@ class LanguageModel(NNsight):
         batch.setdefault("attention_mask", torch.ones_like(batch["input_ids"]))
         kwargs.setdefault("pad_token_id", self._pad_id())
         inputs = {**batch, **kwargs, "module": self._module}
-        probe = self._probe_batch(batch, sizes)
+        probe = self._probe_batch(batch, sizes, kwargs, generating=True)
         call = Call(generate, (), inputs, repeatable=False, probe=probe, batch_first=(GENERATED, TOKEN, RESULT))
         return Prepared(call, sizes)
 
@@ -233,18 +236,29 @@ class LanguageModel(NNsight):
             batch["position_ids"] = positions(batch["attention_mask"])
         return {name: self._to_device(value) for name, value in batch.items()}, sizes
 
-    def _probe_batch(self, batch: dict[str, Any], sizes: list[int]) -> Probe | None:
+    def _probe_batch(
+        self, batch: dict[str, Any], sizes: list[int], options: dict[str, Any], *, generating: bool = False
+    ) -> Probe | None:
         if len(sizes) < 2:
             return None
         vocabulary = self._module.get_input_embeddings().weight.shape[0]  # pyright: ignore[reportCallIssue]
-        pair = {n: torch.stack([v[0], (v[0] + 1) % vocabulary if n == "input_ids" else v[0]]) for n, v in batch.items()}
-        if getattr(self._config, "is_encoder_decoder", False):
-            pair.setdefault("decoder_input_ids", pair["input_ids"][:, :3])
+        samples = sample_tokens(batch, vocabulary, pad_left=self._pads_left())
+        if self._has_encoder and not generating and "decoder_input_ids" not in options:
+            samples["decoder_input_ids"] = samples["input_ids"][:, :3]
+        function = cast(Any, self._module).generate if generating else self._module
+        options = two_steps(options, self._pad_id()) if generating else options
+        places = choose_rows(sizes)
 
         def probe(rows: list[int]) -> Call:
-            return Call(self._module, (), {n: v[rows] for n, v in pair.items()}, repeatable=False)
+            chosen = select_rows(options, [places[row] for row in rows], sum(sizes))
+            inputs = {name: value[rows] for name, value in samples.items()}
+            return Call(function, (), {**inputs, **chosen}, repeatable=False)
 
         return probe
+
+    @property
+    def _has_encoder(self) -> bool:
+        return getattr(self._config, "is_encoder_decoder", False)
 
     @property
     def _config(self) -> Any:
@@ -256,7 +270,7 @@ class LanguageModel(NNsight):
 
     def _pads_left(self) -> bool:
         can_generate = getattr(self._module, "can_generate", lambda: False)()
-        return can_generate and not getattr(self._config, "is_encoder_decoder", False)
+        return can_generate and not self._has_encoder
 
     def _tokenizer_or_none(self) -> Any:
         return self._tokenizer if self._source is None else self.tokenizer

@@ -6,11 +6,10 @@ import functools
 import logging
 from collections.abc import Mapping
 from types import TracebackType
-from typing import Any
 
 from torch.nn import Module
 
-from .._core import Call, Fakes, Override, path_of
+from .._core import Attributes, Call, Fakes, Override, path_of
 from ._tracer import Tracer
 
 _log = logging.getLogger("torch._subclasses.fake_tensor")
@@ -19,6 +18,7 @@ _log = logging.getLogger("torch._subclasses.fake_tensor")
 class ScanTracer(Tracer):
     """A trace in which the model's values are fake tensors: shape, strides, dtype and device, no numbers."""
 
+    _computes = False
     _overrides: Mapping[Module, Override] = {}
 
     def with_overrides(self, overrides: Mapping[Module, Override]) -> ScanTracer:
@@ -31,7 +31,7 @@ class ScanTracer(Tracer):
         run = self._run
         assert run is not None
         run.overrides.update(self._overrides)
-        self._fakes = Fakes(lambda place: path_of(run, place))
+        self._fakes = run.fakes = Fakes(lambda place: path_of(run, place))
         self._attributes = Attributes(self._tree.root)
         _log.addFilter(_is_worth_logging)
         self._mode = self._fakes.where_met()
@@ -66,24 +66,3 @@ class ScanTracer(Tracer):
 def _is_worth_logging(record: logging.LogRecord) -> bool:
     # An operation that fails on fake tensors raises an error; PyTorch logs it with a traceback besides.
     return not str(record.msg).startswith("failed while attempting to run meta")
-
-
-class Attributes:
-    """What the modules of a tree hold, to be put back: some forwards keep a table or a statistic."""
-
-    def __init__(self, root: Module) -> None:
-        self._before = [(held, dict(held)) for module in root.modules() for held in _held_by(module)]
-
-    def put_back(self) -> None:
-        """Undo every assignment since."""
-        for held, before in self._before:
-            changed = [name for name, value in held.items() if before.get(name, held) is not value]
-            for name in {*changed, *(before.keys() - held.keys())} - {"forward"}:
-                if name in before:
-                    held[name] = before[name]
-                else:
-                    del held[name]
-
-
-def _held_by(module: Module) -> tuple[dict[str, Any], ...]:
-    return vars(module), module._buffers, module._parameters
