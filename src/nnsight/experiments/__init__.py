@@ -1,0 +1,11 @@
+"""Experiments on language models: functions that take a model and prompts and return data."""
+
+from ._metrics import Metric as Metric
+from ._metrics import cross_entropy as cross_entropy
+from ._metrics import kl as kl
+from ._metrics import log_prob as log_prob
+from ._metrics import logit_diff as logit_diff
+from ._metrics import prob as prob
+from ._metrics import rank as rank
+from ._patching import activation_patching as activation_patching
+from ._result import Result as Result
