@@ -64,7 +64,7 @@ class Budget:
 
     def __init__(self, memory: int | str) -> None:
         self.bytes = self.left = _bytes_of(memory)
-        self._peaks: dict[Any, int] = {}
+        self.each = 0
 
     def hold(self, tensors: Sequence[torch.Tensor]) -> None:
         """Take what stays from the budget.
@@ -80,13 +80,25 @@ class Budget:
         """Give back what `hold` took."""
         self.left += sum(tensor.numel() * tensor.element_size() for tensor in tensors)
 
+    def measure(
+        self, work: Sequence[Item], run: Callable[[Sequence[Item]], Found], unit: int = 1
+    ) -> list[Found]:
+        """As `run`, of plain runs; the first unit is run alone, and tells how much memory a row of later runs needs.
+
+        Raises:
+            InputError: Not even one unit fits.
+        """
+        with PeakMemory() as memory:
+            found = [run(work[:unit])]
+        self.each = max(self.each, memory.peak // unit)
+        return found + self.run(work[unit:], run, unit)
+
     def run(
         self,
         work: Sequence[Item],
         run: Callable[[Sequence[Item]], Found],
         unit: int = 1,
-        done: Callable[[int], Any] = lambda count: None,
-        kind: Any = None,
+        each: int | None = None,
     ) -> list[Found]:
         """What `run` makes of `work`, batch by batch.
 
@@ -94,26 +106,13 @@ class Budget:
             work: What there is to do.
             run: Does a batch of it.
             unit: A batch is a multiple of this.
-            done: Told how many are done, after each batch.
-            kind: What kind of work this is: one unit of each kind is run alone, and its memory measured.
+            each: How many bytes one item needs; by default as many as was measured.
 
         Raises:
             InputError: Not even one unit fits.
         """
-        peak = self._peaks.get(kind)
-        found = []
-        if peak is None:
-            with PeakMemory() as memory:
-                found.append(run(work[:unit]))
-            peak = memory.peak
-            if kind is not None:
-                self._peaks[kind] = peak
-            done(len(work[:unit]))
-            work = work[unit:]
-        for batch in self._split(work, unit, peak):
-            found.append(run(batch))
-            done(len(batch))
-        return found
+        need = max(self.each if each is None else each, 1) * unit
+        return [run(batch) for batch in self._split(work, unit, need)]
 
     def _split(self, work: Sequence[Item], unit: int, peak: int) -> list[Sequence[Item]]:
         """`work` in batches of about the same size, none too large."""

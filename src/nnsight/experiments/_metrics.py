@@ -88,10 +88,19 @@ class Scorer:
         """Whether it is to be given all prompts at once, in order."""
         return self.metric is None
 
-    def with_reference(self, logits: torch.Tensor) -> None:
-        """Compare with these logits `[prompt, pos, vocab]` of the clean run from now on."""
-        if self.compares:
-            self.targets = replace(self.targets, reference=log_softmax(logits[:, -1].float(), -1))
+    def learn(self, logits: torch.Tensor, prompts: torch.Tensor) -> None:
+        """Compare these prompts with their logits `[prompt, pos, vocab]` of the clean run from now on.
+
+        The first run counts; what has a reference keeps it.
+        """
+        if not self.compares:
+            return
+        found = log_softmax(logits[:, -1].detach().float(), -1).cpu()
+        if self.targets.reference is None:
+            self.targets = replace(self.targets, reference=torch.full((self.count, found.shape[-1]), torch.nan))
+        assert self.targets.reference is not None
+        new = self.targets.reference[prompts].isnan().all(-1)
+        self.targets.reference[prompts[new]] = found[new]
 
     def __call__(self, output: Any, prompts: torch.Tensor) -> torch.Tensor:
         """The numbers `[row]`, of rows that belong to these `prompts` (all of them, in order, if `whole`)."""

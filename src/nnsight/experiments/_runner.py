@@ -1,10 +1,10 @@
-"""Runner: forwards of one batch of prompts, from the start or from the layer that an edit touches."""
+"""Runner: forwards of one batch of prompts, from the layer that an edit touches to the end of the layers, then on."""
 
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable, Sequence
-from typing import Any
+from collections.abc import Callable, Iterable, Sequence
+from typing import Any, NamedTuple
 
 import torch
 
@@ -15,13 +15,31 @@ from ._metrics import Scorer
 from ._prompts import Prompts
 
 Act = Callable[[torch.Tensor], None]
+Row = tuple[Any, int]
+"""What a row of a batch is for, and the number of its prompt."""
+
+
+class Group(NamedTuple):
+    """Rows that are run from the same layer.
+
+    `act` is called in a trace with what some rows are for, and their prompts `[row]`; it changes something at `layer` or
+    later.
+    """
+
+    rows: Sequence[Row]
+    layer: int
+    act: Callable[[Sequence[Any], torch.Tensor], None]
+
+
+_COPIES = 6  # of the logits, that the model and a metric make
 
 
 class Runner:
     """Runs prompts of one batch, as rows that may stand there many times.
 
-    What the layers before an edit compute is known from the plain run: with `keep_stream`, a run starts at the edited
-    layer with the residual stream of that run.
+    What the layers before an edit compute is known from the plain run: after `record(keep_stream=True)`, a run starts at
+    the edited layer with that run's residual stream, and stops behind the last layer; what follows is done for all
+    rows together.  A model that does not give the same that way is run from the start to the end.
 
     Args:
         model: The model.
@@ -37,12 +55,17 @@ class Runner:
         self.scorer = scorer
         self.budget = budget
         self.layers = len(model.layers)
+        self.unit = len(prompts) if scorer.whole else 1
         self.stream: torch.Tensor | None = None
-        self.logits: torch.Tensor | None = None
+        self._final: torch.Tensor | None = None  # of the first unit, where runs can be finished from the stream
+        self._logits: torch.Tensor | None = None  # of the first unit
+        self._tail_bytes = 0
         accepted = inspect.signature(type(model._model).forward).parameters
         self.options: dict[str, Any] = {"use_cache": False} if "use_cache" in accepted else {}
         if scorer.keep is not None and "logits_to_keep" in accepted:
             self.options["logits_to_keep"] = scorer.keep
+
+    # --- the plain run ---------------------------------------------------------------------------------------
 
     def record(
         self, sites: Sequence[Any], *, keep_stream: bool = False
@@ -54,69 +77,140 @@ class Runner:
             keep_stream: Keep the residual stream too, so that later runs can start at any layer.
         """
         streams = [self.model.site("resid_pre", i) for i in range(self.layers)] if keep_stream else []
+        streams += [self.model.site("resid_post", self.layers - 1)] if keep_stream else []
         wanted = sorted({*sites, *streams}, key=lambda site: site.order)
-        unit = len(self.prompts) if self.scorer.whole else 1
         with torch.no_grad():
-            parts = self.budget.run(range(len(self.prompts)), lambda rows: self._record(wanted, rows), unit)
-        values = {site: torch.cat([part[0][site] for part in parts]) for site in wanted}
-        self.logits = torch.cat([part[1].logits for part in parts])
-        self.scorer_reference(parts)
-        numbers = torch.cat([self.scorer(output, torch.tensor(list(rows))) for _, output, rows in parts])
+            parts = self.budget.measure(range(len(self.prompts)), lambda rows: self._record(wanted, rows), self.unit)
+        values = {site: torch.cat([part[site] for part, _ in parts]) for site in wanted}
         if keep_stream:
-            self.stream = torch.stack([values[site] for site in streams])
+            self.stream = torch.stack([values[site] for site in streams[:-1]])
             self.budget.hold([self.stream])
-            self._check_resuming()
+            self._check(values[streams[-1]])
         self.budget.hold([values[site] for site in sites])
-        return {site: values[site] for site in sites}, numbers
+        return {site: values[site] for site in sites}, torch.cat([numbers for _, numbers in parts])
 
-    def scorer_reference(self, parts: Sequence[Any]) -> None:
-        """Compare with these logits from now on, where the metric compares and has nothing to compare with yet."""
-        if self.scorer.compares and self.scorer.targets.reference is None:
-            self.scorer.with_reference(torch.cat([output.logits for _, output, _ in parts]))
-
-    def _record(self, sites: Sequence[Any], rows: Sequence[int]) -> tuple[dict[Any, torch.Tensor], Any, Sequence[int]]:
+    def _record(self, sites: Sequence[Any], rows: Sequence[int]) -> tuple[dict[Any, torch.Tensor], torch.Tensor]:
         with self.model.trace(self.prompts.inputs(rows), **self.options):
             values = {site: site.read().detach().clone() for site in sites}
             output = self.model.output.save()
-        return values, output, rows
+        if self._logits is None:
+            self._logits = output.logits
+            self._tail_bytes = _COPIES * output.logits.numel() * output.logits.element_size() // len(rows)
+        prompts = torch.tensor(list(rows))
+        self.scorer.learn(output.logits, prompts)
+        return values, self.scorer(output, prompts).float().cpu()
 
-    def run(self, rows: Sequence[int], layer: int, act: Act) -> torch.Tensor:
-        """The metric `[row]` of a run in which `act` changes something at `layer` or later.
+    def _check(self, final: torch.Tensor) -> None:
+        """Find out whether this model gives the same from the middle, and from the end of its layers."""
+        assert self._logits is not None
+        rows = list(range(self.unit))
+        self._final = final[: self.unit]
+        with torch.no_grad():
+            if not self._agree(lambda: self._run_layers(rows, self.layers // 2, _nothing), self._cut(self._final)):
+                self.stream = self._final = None
+            elif not self._agree(lambda: self._finish(self._cut(final[: self.unit])).logits, self._cut(self._logits)):
+                self._final = None
+
+    def _agree(self, run: Callable[[], torch.Tensor], expected: torch.Tensor) -> bool:
+        try:
+            found = run()
+        except errors.NNsightError:
+            return False
+        tolerance = 1e-4 if expected.dtype in (torch.float32, torch.float64) else 2e-2
+        atol = tolerance * float(expected.abs().max())
+        return found.shape == expected.shape and torch.allclose(found, expected, rtol=tolerance, atol=atol)
+
+    # --- runs with an edit -----------------------------------------------------------------------------------
+
+    def run(self, groups: Iterable[Group], done: Callable[[int], Any] = lambda count: None) -> torch.Tensor:
+        """The metric `[row]` of the rows of all groups.
 
         Args:
-            rows: The number of each row's prompt.
-            layer: The first layer that is run, where the stream was kept.
-            act: Called in the trace with `rows` as a tensor.
+            groups: Runs with edits; with a metric of all prompts together, the prompts of the rows stand in order.
+            done: Told how many rows are done, after each batch.
         """
-        return self.scorer(self.output(rows, layer, act), torch.tensor(rows))
+        numbers: list[torch.Tensor] = []
+        finals: list[torch.Tensor] = []
+        waiting: list[int] = []
+        for group in groups:
+            prompts = [prompt for _, prompt in group.rows]
+            found = self._run_group(group, done)
+            if self._final is None:
+                numbers.append(found)
+                continue
+            finals.append(found)
+            waiting += prompts
+            if sum(map(_bytes_of, finals)) > self.budget.left // 4:
+                numbers.append(self._score_finals(torch.cat(finals), waiting))
+                finals, waiting = [], []
+        if finals:
+            numbers.append(self._score_finals(torch.cat(finals), waiting))
+        return torch.cat(numbers)
 
-    def output(self, rows: Sequence[int], layer: int, act: Act) -> Any:
-        """The model's output in such a run."""
-        model, numbers = self.model, torch.tensor(rows)
-        with model.trace(self.prompts.inputs(rows), **self.options):
-            if layer and self.stream is not None:
-                stream = self.stream[layer][numbers.to(self.stream.device)]
-                for earlier in range(layer):
-                    model.layers[earlier].skip(stream)
-            act(numbers)
-            output = model.output.save()
+    def _run_group(self, group: Group, done: Callable[[int], Any]) -> torch.Tensor:
+        """What leaves the last layer, or the metric, of each row."""
+
+        def run_batch(batch: Sequence[Row]) -> torch.Tensor:
+            prompts = [prompt for _, prompt in batch]
+            change = lambda numbers: group.act([what for what, _ in batch], numbers)  # noqa: E731
+            if self._final is not None:
+                found = self._run_layers(prompts, group.layer, change)
+            else:
+                found = self._score(self._run_all(prompts, group.layer, change), torch.tensor(prompts))
+            done(len(batch))
+            return found
+
+        return torch.cat(self.budget.run(group.rows, run_batch, self.unit))
+
+    def _score(self, output: Any, prompts: torch.Tensor) -> torch.Tensor:
+        return self.scorer(output, prompts).detach().float().cpu()
+
+    def _score_finals(self, finals: torch.Tensor, prompts: Sequence[int]) -> torch.Tensor:
+        def run_batch(rows: Sequence[int]) -> torch.Tensor:
+            numbers = torch.tensor([prompts[row] for row in rows])
+            return self._score(self._finish(finals[rows[0] : rows[-1] + 1]), numbers)
+
+        return torch.cat(self.budget.run(range(len(prompts)), run_batch, self.unit, each=self._tail_bytes))
+
+    def _run_all(self, prompts: Sequence[int], layer: int, act: Act) -> Any:
+        """The model's output."""
+        with self.model.trace(self.prompts.inputs(prompts), **self.options):
+            self._start_at(layer, prompts)
+            act(torch.tensor(prompts))
+            output = self.model.output.save()
         return output
 
-    def _check_resuming(self) -> None:
-        """Run everything from the start if this model does not give the same from the middle."""
-        assert self.stream is not None
-        assert self.logits is not None
-        if self.layers < 2:
-            return
-        rows = range(len(self.prompts) if self.scorer.whole else 1)
-        try:
-            with torch.no_grad():
-                found = self.output(list(rows), self.layers // 2, lambda rows: None).logits
-        except errors.NNsightError:
-            self.stream = None
-            return
-        expected = self.logits[: len(rows)]
-        scale = float(expected.abs().max())
-        tolerance = 1e-4 if expected.dtype in (torch.float32, torch.float64) else 1e-2
-        if not torch.allclose(found, expected, rtol=tolerance, atol=tolerance * scale):
-            self.stream = None
+    def _run_layers(self, prompts: Sequence[int], layer: int, act: Act) -> torch.Tensor:
+        """What leaves the last layer `[row, pos, d_model]`, at the positions that the metric looks at."""
+        with self.model.trace(self.prompts.inputs(prompts), **self.options) as tracer:
+            self._start_at(layer, prompts)
+            act(torch.tensor(prompts))
+            final = self._cut(self.model.resid_post[-1]).clone()
+            tracer.stop()
+        return final
+
+    def _start_at(self, layer: int, prompts: Sequence[int]) -> None:
+        if layer and self.stream is not None:
+            stream = self.stream[layer][torch.tensor(prompts, device=self.stream.device)]
+            for earlier in range(layer):
+                self.model.layers[earlier].skip(stream)
+
+    def _finish(self, finals: torch.Tensor) -> Any:
+        """The model's output, from what leaves its last layer."""
+        ids = torch.zeros(finals.shape[:2], dtype=torch.long)
+        with self.model.trace(ids, **self.options):
+            for layer in range(self.layers):
+                self.model.layers[layer].skip(finals)
+            output = self.model.output.save()
+        return output
+
+    def _cut(self, value: torch.Tensor) -> torch.Tensor:
+        return value if self.scorer.keep is None else value[:, -self.scorer.keep :]
+
+
+def _nothing(_rows: torch.Tensor) -> None:
+    """An edit that changes nothing."""
+
+
+def _bytes_of(tensor: torch.Tensor) -> int:
+    return tensor.numel() * tensor.element_size()

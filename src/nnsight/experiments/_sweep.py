@@ -12,7 +12,7 @@ import torch
 from nnsight import LanguageModel, errors
 
 from ._progress import progress_bar
-from ._runner import Runner
+from ._runner import Group, Runner
 
 # What a user calls an axis -> what the vocabulary calls it, in any of its values.
 AXES = {"pos": ("pos", "query"), "head": ("head",), "neuron": ("d_mlp",), "key": ("key",)}
@@ -85,28 +85,20 @@ def sweep(runner: Runner, patches: Sequence[Patch], replace: Replace, progress: 
     """
     count = len(runner.prompts)
     groups = [list(group) for _, group in itertools.groupby(patches, lambda patch: patch.site)]
-    numbers = []
     with progress_bar(len(patches) * count, title, progress) as bar, torch.no_grad():
-        for group in groups:
-            numbers += _sweep_site(runner, group, replace, bar.update)
-    return torch.cat(numbers).view(len(patches), count)
+        numbers = runner.run((_group_of(runner, group, replace) for group in groups), bar.update)
+    return numbers.view(len(patches), count)
 
 
-def _sweep_site(
-    runner: Runner, patches: Sequence[Patch], replace: Replace, done: Callable[[int], Any]
-) -> list[torch.Tensor]:
-    """The numbers `[row]` of each batch, for the rows (patch, prompt) of one site."""
-    site, count = patches[0].site, len(runner.prompts)
-    rows = list(itertools.product(patches, range(count)))
-    place = _place_of(runner, site)
+def _group_of(runner: Runner, patches: Sequence[Patch], replace: Replace) -> Group:
+    """The rows (patch, prompt) of one site."""
+    site, place = patches[0].site, _place_of(runner, patches[0].site)
 
-    def run(batch: Sequence[tuple[Patch, int]]) -> torch.Tensor:
-        def act(prompts: torch.Tensor) -> None:
-            put(place, [patch for patch, _ in batch], prompts, lambda live, rows, _: replace(live, rows, site))
+    def act(batch: Sequence[Patch], prompts: torch.Tensor) -> None:
+        put(place, batch, prompts, lambda live, rows, _: replace(live, rows, site))
 
-        return runner.run([prompt for _, prompt in batch], place.layer or 0, act).detach().float().cpu()
-
-    return runner.budget.run(rows, run, count if runner.scorer.whole else 1, done, kind=(runner, site.name))
+    rows = list(itertools.product(patches, range(len(runner.prompts))))
+    return Group(rows, place.layer or 0, act)
 
 
 def _place_of(runner: Runner, site: Any) -> Any:
