@@ -1,5 +1,7 @@
 """Experiments on language models: functions that take a model and prompts and return data."""
 
+from ._ablation import ablate as ablate
+from ._attribution import attribution_patching as attribution_patching
 from ._metrics import Metric as Metric
 from ._metrics import cross_entropy as cross_entropy
 from ._metrics import kl as kl
@@ -8,4 +10,5 @@ from ._metrics import logit_diff as logit_diff
 from ._metrics import prob as prob
 from ._metrics import rank as rank
 from ._patching import activation_patching as activation_patching
+from ._paths import path_patching as path_patching
 from ._result import Result as Result

@@ -124,7 +124,7 @@ class Scorer:
             self.per_pair = self.per_pair or self.count > 1
             return found
         if found.dim() == 0 or found.shape == (1,):
-            self.per_pair = False
+            self.per_pair = self.per_pair and self.count == 1
             return found.reshape(1).expand(self.count)
         raise errors.InputError(
             f"The metric {self.name} returned a tensor of shape {list(found.shape)} for {self.count} prompts: return one "

@@ -76,9 +76,9 @@ def activation_patching(
         InputError: The prompts do not line up, an answer is no single token, or the memory is too little.
         NamesError: The model has no such value.
     """
-    axes = _axes_of(over)
+    axes = axes_of(over)
     first, second = encode_pair(model, clean, corrupted)
-    runs = _PairRuns(model, first, second, metric, direction, memory)
+    runs = PairRuns(model, first, second, metric, direction, memory)
     names = [sites] if isinstance(sites, str) else list(sites)
     tables, labels = [], {}
     for name in names:
@@ -90,7 +90,7 @@ def activation_patching(
     return runs.result(torch.stack(tables), names, isinstance(sites, str), labels, title)
 
 
-def _axes_of(over: Over) -> list[str]:
+def axes_of(over: Over) -> list[str]:
     axes = [over] if isinstance(over, str) else list(over)
     if "layer" not in axes or len(set(axes)) != len(axes):
         raise errors.InputError(f"over names 'layer', and further axes once each, as in ('layer', 'pos'); not {over!r}.")
@@ -98,7 +98,7 @@ def _axes_of(over: Over) -> list[str]:
     return axes
 
 
-class _PairRuns:
+class PairRuns:
     """The runs of both prompts of each pair, and what is patched from one into the other."""
 
     def __init__(
@@ -122,15 +122,15 @@ class _PairRuns:
         sites = sites_of(self.model, name, layers)
         for axis in axes:
             dim_of(sites[0], axis)
-        values = self._record(sites)
+        values = self.record(sites)
         patches = patches_over(sites, axes, values)
         numbers = sweep(self.base, patches, lambda live, rows, site: values[site][rows], progress, name)
-        self._leave_out_padding(numbers, patches)
+        self.leave_out_padding(numbers, patches)
         shape = [values[sites[0]].shape[dim_of(sites[0], axis)] for axis in axes]
         self.base.budget.release(list(values.values()))
-        return numbers.T.reshape(len(self.clean), len(sites), *shape), self._labels(sites, axes, shape)
+        return numbers.T.reshape(len(self.clean), len(sites), *shape), self.labels(sites, axes, shape)
 
-    def _record(self, sites: Sequence[Any]) -> dict[Any, torch.Tensor]:
+    def record(self, sites: Sequence[Any]) -> dict[Any, torch.Tensor]:
         values: dict[Any, torch.Tensor] = {}
         for name, runner in self._runners.items():  # the clean one first: some metrics compare with it
             wanted = sites if runner is self.source else []
@@ -141,7 +141,7 @@ class _PairRuns:
             values |= found
         return values
 
-    def _leave_out_padding(self, numbers: torch.Tensor, patches: Sequence[Patch]) -> None:
+    def leave_out_padding(self, numbers: torch.Tensor, patches: Sequence[Patch]) -> None:
         padding = ~self.clean.real()
         if not padding.any():
             return
@@ -150,7 +150,7 @@ class _PairRuns:
                 if patch.site.axes[dim] in ("pos", "query", "key"):
                     numbers[i, padding[:, place]] = torch.nan
 
-    def _labels(self, sites: Sequence[Any], axes: Sequence[str], shape: Sequence[int]) -> dict[str, Any]:
+    def labels(self, sites: Sequence[Any], axes: Sequence[str], shape: Sequence[int]) -> dict[str, Any]:
         labels: dict[str, Any] = {"layer": tuple(site.layer for site in sites)}
         for axis, size in zip(axes, shape, strict=True):
             is_pos = axis in ("pos", "key")

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Callable, Iterable, Sequence
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypeVar
 
 import torch
 
@@ -14,7 +14,8 @@ from ._memory import Budget
 from ._metrics import Scorer
 from ._prompts import Prompts
 
-Act = Callable[[torch.Tensor], None]
+Act = Callable[[], Any]
+Found = TypeVar("Found")
 Row = tuple[Any, int]
 """What a row of a batch is for, and the number of its prompt."""
 
@@ -22,13 +23,13 @@ Row = tuple[Any, int]
 class Group(NamedTuple):
     """Rows that are run from the same layer.
 
-    `act` is called in a trace with what some rows are for, and their prompts `[row]`; it changes something at `layer` or
-    later.
+    `edit` is given what some rows are for, and their prompts `[row]`, and returns what is then called in their trace: that
+    changes something at `layer` or later.
     """
 
     rows: Sequence[Row]
     layer: int
-    act: Callable[[Sequence[Any], torch.Tensor], None]
+    edit: Callable[[Sequence[Any], torch.Tensor], Act]
 
 
 _COPIES = 6  # of the logits, that the model and a metric make
@@ -152,11 +153,11 @@ class Runner:
 
         def run_batch(batch: Sequence[Row]) -> torch.Tensor:
             prompts = [prompt for _, prompt in batch]
-            change = lambda numbers: group.act([what for what, _ in batch], numbers)  # noqa: E731
+            change = group.edit([what for what, _ in batch], torch.tensor(prompts))
             if self._final is not None:
                 found = self._run_layers(prompts, group.layer, change)
             else:
-                found = self._score(self._run_all(prompts, group.layer, change), torch.tensor(prompts))
+                found = self._score(self.run_all(prompts, group.layer, change), torch.tensor(prompts))
             done(len(batch))
             return found
 
@@ -172,22 +173,30 @@ class Runner:
 
         return torch.cat(self.budget.run(range(len(prompts)), run_batch, self.unit, each=self._tail_bytes))
 
-    def _run_all(self, prompts: Sequence[int], layer: int, act: Act) -> Any:
+    def run_all(self, prompts: Sequence[int], layer: int, act: Act) -> Any:
         """The model's output."""
         with self.model.trace(self.prompts.inputs(prompts), **self.options):
             self._start_at(layer, prompts)
-            act(torch.tensor(prompts))
+            act()
             output = self.model.output.save()
         return output
 
     def _run_layers(self, prompts: Sequence[int], layer: int, act: Act) -> torch.Tensor:
         """What leaves the last layer `[row, pos, d_model]`, at the positions that the metric looks at."""
+
+        def act_and_read() -> torch.Tensor:
+            act()
+            return self._cut(self.model.resid_post[-1]).clone()
+
+        return self.observe(prompts, layer, act_and_read)
+
+    def observe(self, prompts: Sequence[int], layer: int, act: Callable[[], Found]) -> Found:
+        """What `act` returns in a run from `layer` on, which ends there."""
         with self.model.trace(self.prompts.inputs(prompts), **self.options) as tracer:
             self._start_at(layer, prompts)
-            act(torch.tensor(prompts))
-            final = self._cut(self.model.resid_post[-1]).clone()
+            found = act()
             tracer.stop()
-        return final
+        return found
 
     def _start_at(self, layer: int, prompts: Sequence[int]) -> None:
         if layer and self.stream is not None:
@@ -208,7 +217,7 @@ class Runner:
         return value if self.scorer.keep is None else value[:, -self.scorer.keep :]
 
 
-def _nothing(_rows: torch.Tensor) -> None:
+def _nothing() -> None:
     """An edit that changes nothing."""
 
 

@@ -94,11 +94,11 @@ def _group_of(runner: Runner, patches: Sequence[Patch], replace: Replace) -> Gro
     """The rows (patch, prompt) of one site."""
     site, place = patches[0].site, _place_of(runner, patches[0].site)
 
-    def act(batch: Sequence[Patch], prompts: torch.Tensor) -> None:
-        put(place, batch, prompts, lambda live, rows, _: replace(live, rows, site))
+    def edit(batch: Sequence[Patch], prompts: torch.Tensor) -> Callable[[], None]:
+        return lambda: put(place, batch, prompts, lambda live, rows, _: replace(live, rows, site))
 
     rows = list(itertools.product(patches, range(len(runner.prompts))))
-    return Group(rows, place.layer or 0, act)
+    return Group(rows, place.layer or 0, edit)
 
 
 def _place_of(runner: Runner, site: Any) -> Any:
