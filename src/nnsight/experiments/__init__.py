@@ -2,6 +2,11 @@
 
 from ._ablation import ablate as ablate
 from ._attribution import attribution_patching as attribution_patching
+from ._direct import direct_logit_attribution as direct_logit_attribution
+from ._heads import detect_heads as detect_heads
+from ._lens import logit_lens as logit_lens
+from ._lens import patchscope as patchscope
+from ._measure import measure as measure
 from ._metrics import Metric as Metric
 from ._metrics import cross_entropy as cross_entropy
 from ._metrics import kl as kl

@@ -15,6 +15,7 @@ from ._patching import Over, axes_of
 from ._prompts import Prompts, encode
 from ._result import PAIR, Result
 from ._runner import Runner
+from ._scoring import NoScore
 from ._sweep import Replace, dim_of, patches_over, sites_of, sweep
 
 Mode = Literal["zero", "mean", "resample"]
@@ -77,7 +78,7 @@ def ablate(
     found = sites_of(model, sites, layers)
     dims = [dim_of(found[0], axis) for axis in axes]
     values, clean = runner.record(found, keep_stream=True)
-    replace = _make_replace(mode, values, rows, others, Runner(model, others, _NO_SCORE, budget), seed)
+    replace = _make_replace(mode, values, rows, others, Runner(model, others, NoScore(), budget), seed)
     patches = patches_over(found, axes, values)
     numbers = sweep(runner, patches, replace, progress, sites)
     sizes = [values[found[0]].shape[dim] for dim in dims]
@@ -90,21 +91,6 @@ def ablate(
         table, clean = table[0], clean[0]
     kind = mode if isinstance(mode, str) else "direction"
     return Result(table, labels, {"clean": clean}, scorer.name, f"{kind} ablation of {sites}")
-
-
-class _NoScore:
-    """Stands for a scorer where only values are read."""
-
-    keep, whole, compares = 1, False, False
-
-    def learn(self, logits: torch.Tensor, prompts: torch.Tensor) -> None:
-        """Nothing to compare with."""
-
-    def __call__(self, output: Any, prompts: torch.Tensor) -> torch.Tensor:
-        return torch.zeros(len(prompts))
-
-
-_NO_SCORE: Any = _NoScore()
 
 
 def _make_replace(

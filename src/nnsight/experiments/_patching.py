@@ -46,11 +46,13 @@ def activation_patching(
         >>> effects = activation_patching(
         ...     model,
         ...     "The Eiffel Tower is in the city of",
-        ...     "The Colosseum Palace is in the city of",
+        ...     "The Colosseum is in the city of",
         ...     logit_diff(" Paris", " Rome"),
         ...     progress=False,
-        ... )                                                                # doctest: +SKIP
-        >>> effects.normalized().plot("patching.png")                      # doctest: +SKIP
+        ... )
+        >>> effects.best()["pos"]                                             # one of the subject's tokens
+        ' E/ Col'
+        >>> figure = effects.normalized().plot()
 
     Args:
         model: The model.

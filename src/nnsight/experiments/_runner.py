@@ -11,8 +11,8 @@ import torch
 from nnsight import LanguageModel, errors
 
 from ._memory import Budget
-from ._metrics import Scorer
 from ._prompts import Prompts
+from ._scoring import Scoring
 
 Act = Callable[[], Any]
 Found = TypeVar("Found")
@@ -49,7 +49,7 @@ class Runner:
         budget: The memory to stay within.
     """
 
-    def __init__(self, model: LanguageModel, prompts: Prompts, scorer: Scorer, budget: Budget) -> None:
+    def __init__(self, model: LanguageModel, prompts: Prompts, scorer: Scoring, budget: Budget) -> None:
         model.dispatch()
         self.model = model
         self.prompts = prompts
@@ -100,6 +100,12 @@ class Runner:
         prompts = torch.tensor(list(rows))
         self.scorer.learn(output.logits, prompts)
         return values, self.scorer(output, prompts).float().cpu()
+
+    def read(self, site: Any) -> torch.Tensor:
+        """One site's value `[prompt, …]` in the plain run, which is not kept."""
+        with torch.no_grad():
+            read = lambda rows: self.observe(list(rows), 0, lambda: site.read().detach().clone())  # noqa: E731
+            return torch.cat(self.budget.measure(range(len(self.prompts)), read))
 
     def _check(self, final: torch.Tensor) -> None:
         """Find out whether this model gives the same from the middle, and from the end of its layers."""
@@ -165,6 +171,15 @@ class Runner:
 
     def _score(self, output: Any, prompts: torch.Tensor) -> torch.Tensor:
         return self.scorer(output, prompts).detach().float().cpu()
+
+    @property
+    def can_finish(self) -> bool:
+        """Whether this model's logits are known to follow from what leaves its last layer."""
+        return self._final is not None
+
+    def finish_all(self, finals: torch.Tensor) -> torch.Tensor:
+        """The metric of all prompts `[prompt]`, with `finals` `[prompt, pos, d_model]` as what leaves the last layer."""
+        return self._score_finals(finals, range(len(self.prompts)))
 
     def _score_finals(self, finals: torch.Tensor, prompts: Sequence[int]) -> torch.Tensor:
         def run_batch(rows: Sequence[int]) -> torch.Tensor:
