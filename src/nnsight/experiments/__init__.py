@@ -17,3 +17,11 @@ from ._metrics import rank as rank
 from ._patching import activation_patching as activation_patching
 from ._paths import path_patching as path_patching
 from ._result import Result as Result
+from ._splice import Dictionary as Dictionary
+from ._splice import Spliced as Spliced
+from ._splice import splice as splice
+from ._steering import Steered as Steered
+from ._steering import steer as steer
+from ._steering import steering_vector as steering_vector
+from ._tuned import TunedLens as TunedLens
+from ._tuned import tuned_lens as tuned_lens

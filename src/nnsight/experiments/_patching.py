@@ -50,8 +50,8 @@ def activation_patching(
         ...     logit_diff(" Paris", " Rome"),
         ...     progress=False,
         ... )
-        >>> effects.best()["pos"]                                             # one of the subject's tokens
-        ' E/ Col'
+        >>> effects.best()["pos"], effects.select(layer=0).best()["pos"]      # late in the last token, early in the subject
+        (' of', ' E/ Col')
         >>> figure = effects.normalized().plot()
 
     Args:

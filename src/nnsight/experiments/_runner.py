@@ -115,7 +115,7 @@ class Runner:
         with torch.no_grad():
             if not self._agree(lambda: self._run_layers(rows, self.layers // 2, _nothing), self._cut(self._final)):
                 self.stream = self._final = None
-            elif not self._agree(lambda: self._finish(self._cut(final[: self.unit])).logits, self._cut(self._logits)):
+            elif not self._agree(lambda: self.finish(self._cut(final[: self.unit])).logits, self._cut(self._logits)):
                 self._final = None
 
     def _agree(self, run: Callable[[], torch.Tensor], expected: torch.Tensor) -> bool:
@@ -184,7 +184,7 @@ class Runner:
     def _score_finals(self, finals: torch.Tensor, prompts: Sequence[int]) -> torch.Tensor:
         def run_batch(rows: Sequence[int]) -> torch.Tensor:
             numbers = torch.tensor([prompts[row] for row in rows])
-            return self._score(self._finish(finals[rows[0] : rows[-1] + 1]), numbers)
+            return self._score(self.finish(finals[rows[0] : rows[-1] + 1]), numbers)
 
         return torch.cat(self.budget.run(range(len(prompts)), run_batch, self.unit, each=self._tail_bytes))
 
@@ -219,7 +219,7 @@ class Runner:
             for earlier in range(layer):
                 self.model.layers[earlier].skip(stream)
 
-    def _finish(self, finals: torch.Tensor) -> Any:
+    def finish(self, finals: torch.Tensor) -> Any:
         """The model's output, from what leaves its last layer."""
         ids = torch.zeros(finals.shape[:2], dtype=torch.long)
         with self.model.trace(ids, **self.options):
