@@ -134,7 +134,7 @@ class _Check:
             return []
         names = [f"{prefix}{what} unrotated" for what in "qk"]
         spots = [spot._replace(kind="input") for spot in spots]
-        return [(n, Operation(self._stack, n, s, HeadsFirst()).of(row)) for n, s in zip(names, spots, strict=True)]
+        return [(n, Operation(self._stack, n, row, s, HeadsFirst())) for n, s in zip(names, spots, strict=True)]
 
     def _arguments(self, prefix: str, row: Attention) -> list[tuple[str, Access]]:
         """Queries and keys as the attention function is given them."""
@@ -144,7 +144,7 @@ class _Check:
         for what, item, same in zip("qk", row.call_items, (row.q_rot, row.k_rot), strict=False):
             spot, name = Spot(row.call, "input", item, True), f"{prefix}{what} given"
             if same is None or Spot.parse(same) != spot:
-                found.append((name, Operation(self._stack, name, spot, HeadsFirst()).of(row)))
+                found.append((name, Operation(self._stack, name, row, spot, HeadsFirst())))
         return found
 
     def _read(self, name: str, access: Access, index: int) -> torch.Tensor:

@@ -100,7 +100,8 @@ class Identities:
             before = values.get(f"{prefix}{what} unrotated")
             if before is not None and plain is not None and not row.normed:
                 text = f"{prefix}{what} and what is rotated {at}"
-                self._same([f"{prefix}{what}"], text, plain, before)
+                each = before.shape[2] // plain.shape[2]  # some repeat keys for the queries' heads first
+                self._same([f"{prefix}{what}"], text, plain.repeat_interleave(each, 2), before)
 
     def final(self, last: torch.Tensor | None, entering: torch.Tensor | None) -> None:
         """The last layer's stream enters the final norm."""
@@ -126,7 +127,7 @@ class Identities:
         self._same(["logits", "unembed"], "what the unembedding gives and the logits", out, logits)
 
     def _same(self, names: list[str], what: str, one: torch.Tensor, other: torch.Tensor) -> None:
-        if one.dim() != other.dim() or (one.shape[-1] != other.shape[-1]):
+        if one.dim() != other.dim() or any(a not in (b, 1) for a, b in zip(one.shape, other.shape, strict=True)):
             self._fail(names, f"{what} had shapes {list(one.shape)} and {list(other.shape)}")
             return
         tolerance = _TOLERANCE.get(other.dtype, _COARSE)
