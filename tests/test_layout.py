@@ -61,6 +61,7 @@ HOMES = {
     "ray": ("server",),
     "numpy": ("experiments", "plots"),
     "pandas": ("experiments",),
+    "tqdm": ("experiments",),
     "matplotlib": ("plots",),
 }
 # What may be imported inside a function: a heavy or optional library, and our own folders that need one.
