@@ -82,7 +82,13 @@ def memory(model, folder, count):
 
     start = time.perf_counter()
     collect_activations(
-        model, watched(), "resid_post[2]", to=folder / "many", batch_tokens=BATCH_TOKENS, shard_bytes=32 * 2**20, progress=False
+        model,
+        watched(),
+        "resid_post[2]",
+        to=folder / "many",
+        batch_tokens=BATCH_TOKENS,
+        shard_bytes=32 * 2**20,
+        progress=False,
     )
     return [*found, resident()], count / (time.perf_counter() - start)
 
@@ -98,7 +104,10 @@ def main():
     folder = Path(tempfile.mkdtemp(prefix="nnsight-collect-"))
     missed = False
     try:
-        cases = {"last layer": [f"resid_post[{layers - 1}]"], "every layer": [f"resid_post[{i}]" for i in range(layers)]}
+        cases = {
+            "last layer": [f"resid_post[{layers - 1}]"],
+            "every layer": [f"resid_post[{i}]" for i in range(layers)],
+        }
         print(f"{'':24}{'plain, tok/s':>14}{'collected':>12}{'ratio':>8}{'goal':>7}")
         for name, sites in cases.items():
             forward, collected, ratio = speed(model, folder, arguments.rounds, sites)

@@ -1,4 +1,8 @@
 """Experiments on language models: functions that take a model and prompts and return data."""
 
 from ._collect import collect_activations as collect_activations
+from ._das import Alignment as Alignment
+from ._das import fit_das as fit_das
+from ._probe import Probe as Probe
+from ._probe import fit_probe as fit_probe
 from ._store import ActivationStore as ActivationStore
