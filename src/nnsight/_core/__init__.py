@@ -18,11 +18,15 @@ from ._layouts import Probe as Probe
 from ._leaves import leaves_of as leaves_of
 from ._leaves import map_leaves as map_leaves
 from ._modes import capture_modes as capture_modes
+from ._modes import plain_modes as plain_modes
 from ._modes import switch_modes as switch_modes
 from ._order import path_of as path_of
 from ._pass import Override as Override
 from ._pass import Pass as Pass
 from ._preserve import Attributes as Attributes
+from ._preserve import preserved_attributes as preserved_attributes
+from ._preserve import preserved_buffers as preserved_buffers
+from ._preserve import preserved_random_state as preserved_random_state
 from ._rows import Rows as Rows
 from ._run import Call as Call
 from ._run import Run as Run

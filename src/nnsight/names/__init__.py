@@ -9,4 +9,6 @@ from ._registry import family as family
 from ._registry import register as register
 from ._site import Site as Site
 from ._vocabulary import Vocabulary as Vocabulary
+from ._window import INTERFACE as INTERFACE
+from ._window import calls_interface as calls_interface
 from ._window import open_window as open_window

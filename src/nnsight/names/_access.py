@@ -10,7 +10,7 @@ from torch.nn import Module
 from .._core import INPUT, OUTPUT, OperationPlace, Run, Visit, Worker
 from ..errors import NamesError
 from ._family import Attention, Spot
-from ._overrides import show_input, show_results
+from ._overrides import show_apart, show_results
 from ._shapes import AsItIs, InRows, Shape, fit
 from ._window import Window, open_window
 
@@ -106,8 +106,8 @@ class Access:
 class Shown(Access):
     """A name whose value appears at a place of its own, alone, with the batch in front."""
 
-    def __init__(self, stack: Stack, name: str, spot: Spot, shape: Shape = _PLAIN) -> None:
-        super().__init__(stack, name, spot, shape)
+    def __init__(self, stack: Stack, name: str, spot: Spot, shape: Shape = _PLAIN, *, flat: bool = False) -> None:
+        super().__init__(stack, name, spot, shape, flat=flat)
         self.kind = OUTPUT
 
     def _locate(self, run: Run, index: int) -> Any:
@@ -117,7 +117,7 @@ class Shown(Access):
         return place
 
     def _show(self, run: Run, index: int, place: OperationPlace) -> None:
-        show_input(run.overrides, place)
+        show_apart(run.overrides, place, self._spot.kind)
 
     def _pick(self, value: Any) -> torch.Tensor:
         return value
@@ -191,8 +191,10 @@ class Result(_InAttention, Shown):
 class Whole(Access):
     """A name that the model has once."""
 
-    def __init__(self, stack: Stack, name: str, module: str, attribute: str | None = None) -> None:
-        super().__init__(stack, name, Spot(module, OUTPUT, 0, False))
+    def __init__(
+        self, stack: Stack, name: str, module: str, attribute: str | None = None, *, kind: str = OUTPUT
+    ) -> None:
+        super().__init__(stack, name, Spot(module, kind, 0, False))
         self._attribute = attribute
 
     def path(self, index: int) -> str:

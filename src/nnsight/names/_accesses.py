@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 from ..errors import NamesError
 from ._access import Access, OfHeads, Operation, Pattern, Result, Shown, Whole
 from ._family import Attention, Spot
-from ._shapes import AsItIs, Blocks, ByHead, Grouped, HeadsFirst, Interleaved, Latent, Shape
+from ._shapes import Blocks, ByHead, Grouped, HeadsFirst, Interleaved, Latent, Shape
 from ._terms import HEAD, LAYER
 from ._window import INTERFACE
 
@@ -15,7 +15,6 @@ if TYPE_CHECKING:
     from ._stack import Stack
 
 _PARTS = {"q": 0, "k": 1, "v": 2}
-_IN_MLP = ("resid_mid", "mlp_out", "neurons")
 
 
 def make_access(stack: Stack, name: str) -> Access:
@@ -28,6 +27,7 @@ def make_access(stack: Stack, name: str) -> Access:
     if name in row.refused:
         raise NamesError(f"{stack.kind} has no {name}: {row.refused[name]}")
     if name == "logits":
+        stack.path_of("unembed")
         return Whole(stack, name, "", "logits")
     if name in ("embed", "final_norm"):
         return Whole(stack, name, stack.path_of(name))
@@ -40,10 +40,10 @@ def make_access(stack: Stack, name: str) -> Access:
     if text is None:
         raise NamesError(f"{stack.kind} has no {name}. It has: {', '.join(stack.names())}.")
     spot = Spot.parse(text)
-    if name == "neurons" and row.saved:
-        return Shown(stack, name, spot)
+    if name in row.apart:
+        return Shown(stack, name, spot, flat=name in row.flat)
     held = name == "resid_mid" and spot.kind == "input"
-    return Access(stack, name, spot, held=held, flat=row.flat and name in _IN_MLP)
+    return Access(stack, name, spot, held=held, flat=name in row.flat)
 
 
 def _of_heads(stack: Stack, name: str, row: Attention, what: str) -> Access:
@@ -59,7 +59,7 @@ def _of_heads(stack: Stack, name: str, row: Attention, what: str) -> Access:
         raise NamesError(f"{stack.kind} has no {name}: it has no rotary embedding, so {name.removesuffix('_rot')} is all.")
     spot = Spot.parse(text)
     if what in ("q_rot", "k_rot"):
-        return Operation(stack, name, spot, HeadsFirst() if row.rot_heads_first else AsItIs()).of(row)
+        return Operation(stack, name, spot, HeadsFirst()).of(row)
     if spot.is_operation:
         return Operation(stack, name, spot).of(row)
     return OfHeads(stack, name, spot, _split(stack, row, what)).of(row)

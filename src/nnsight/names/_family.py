@@ -52,10 +52,11 @@ class Attention:
             values; `interleaved` by head; `grouped` by head of keys and values; `latent` as in DeepSeek's attention.
         q_rot: The spot of the queries as they are scored with the keys, where a rotary embedding stands in between.
         k_rot: As `q_rot`.
-        rot_heads_first: Whether these are `[batch, head, pos, d_head]`, not `[batch, pos, head, d_head]`.
+        normed: Whether queries and keys pass a norm before they are scored.
         pattern: The spot of the probabilities, by attention implementation where it depends on that; `"interface"`
             where the forward calls `attention_interface`.
-        call: The operation that is called with queries, keys and values, and the positions of these three.
+        call: The operation that is called with queries, keys and values.
+        call_items: The positions of these three among its arguments.
         heads: The name of the config's number of heads, or the number.
         kv_heads: The same for heads of keys and values; by default as many.
     """
@@ -68,7 +69,7 @@ class Attention:
     split: Split = "separate"
     q_rot: str | None = None
     k_rot: str | None = None
-    rot_heads_first: bool = True
+    normed: bool = False
     pattern: str | Mapping[str, str] = "interface"
     call: str | None = "attention_interface_0"
     call_items: tuple[int, int, int] = (1, 2, 3)
@@ -109,8 +110,11 @@ class Family:
         entry: Modules whose outputs add up to what enters the first layer, from the base model; by default `embed`.
         final_norm: The norm behind the last layer, from the base model.
         unembed: The projection to the vocabulary, from the root.
-        head: How logits follow from the output of `unembed`.
-        bridge: Whether other modules stand between `final_norm` and `unembed`.
+        entry_scale: The config's factor of that sum.
+        head: How logits follow from the output of `unembed`: as they are, capped by, divided by or multiplied with the
+            config's `head_value`, or with the model's buffer of that name added.
+        bridge: Whether something else stands between `final_norm` and `unembed`.
+        base: Where the stack is, from the base model.
         attn: The attention of a layer; `mlp`, `mixer` (of a state-space model), `cross_attn`, and, inside `mlp`, `router`
             and `experts` likewise.
         resid_pre: The spot of what enters a layer; the other names of values likewise.
@@ -118,8 +122,9 @@ class Family:
             `parallel`: `resid_post = resid_pre + attn_out + mlp_out`; `post_norm`: as `sequential`, with a norm over
             each sum. With `cross_out`, that is added between the two; `mixer_out` stands for `attn_out`.
         multiplier: The config's factor of `attn_out` and `mlp_out` in these sums.
-        flat: Whether the values of the MLP have batch and positions in one dimension.
-        saved: Whether the activation's gradient needs its result, as that of ReLU does.
+        norms: With `post_norm`, the norms over the sums, in order.
+        flat: Names whose tensors have batch and positions in one dimension.
+        apart: Names whose tensors the model writes over later, or needs as they are for a gradient (ReLU's result).
         heads: The heads of the attention, and of the attention to an encoder.
         config: The name of the part of the config that describes this stack.
         refused: Names that this family cannot serve, and why.
@@ -128,6 +133,7 @@ class Family:
     layers: str
     embed: str | None = None
     entry: tuple[str, ...] | None = None
+    entry_scale: str | None = None
     final_norm: str | None = None
     unembed: str | None = None
     head: Head = "unembedded"
@@ -151,8 +157,9 @@ class Family:
     neurons: str | None = None
     stream: Sum = "sequential"
     multiplier: str | None = None
-    flat: bool = False
-    saved: bool = False
+    norms: tuple[str, ...] = ()
+    flat: tuple[str, ...] = ()
+    apart: tuple[str, ...] = ()
     heads: Attention | None = None
     cross_heads: Attention | None = None
     refused: Mapping[str, str] = field(default_factory=dict)

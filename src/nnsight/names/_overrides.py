@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch.nn import Linear, Module, Parameter
 
-from .._core import OperationPlace, current_pass, uncounted
+from .._core import INPUT, OperationPlace, current_pass, uncounted
 
 Function = Callable[..., Any]
 
@@ -45,6 +45,14 @@ class Given(_Override):
         return plain(current.touch(self.place, value.clone() if value.requires_grad else value))
 
 
+class Taken(_Override):
+    """Shows the tensor that the module gives, apart from the one that the model goes on with, and writes over."""
+
+    def _apply(self, plain: Function, value: torch.Tensor) -> Any:
+        current, result = current_pass(), plain(value)
+        return result if current is None else current.touch(self.place, result).clone()
+
+
 class Results(_Override):
     """Shows the heads' results at a projection."""
 
@@ -66,11 +74,11 @@ class Results(_Override):
         return total if changed or version is None else output.detach() + (total - total.detach())
 
 
-def show_input(overrides: dict[Any, Any], place: OperationPlace) -> None:
-    """Let what the module `place.owner` is given appear at `place` in this run."""
+def show_apart(overrides: dict[Any, Any], place: OperationPlace, kind: str) -> None:
+    """Let what the module `place.owner` is given, or gives, appear at `place` in this run."""
     found = overrides.get(place.owner)
     if not _is_there(found, place):
-        overrides[place.owner] = Given(place, found)
+        overrides[place.owner] = (Given if kind == INPUT else Taken)(place, found)
 
 
 def show_results(overrides: dict[Any, Any], place: OperationPlace, heads: int) -> None:

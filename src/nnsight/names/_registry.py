@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from typing import Any
 
 from ..errors import InputError, NamesError
-from ._families import TABLE
+from ._families import TABLE, Rows
 from ._family import Family
 
-Rows = Family | Mapping[str, Family] | Callable[[Any], Family | Mapping[str, Family]]
+
 
 _own: dict[str, Rows] = {}
 

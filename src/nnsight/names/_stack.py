@@ -155,11 +155,23 @@ class Stack:
         path = getattr(self.row, name)
         if name in self.row.refused:
             raise NamesError(f"{self.kind} has no {name}: {self.row.refused[name]}")
-        if path is not None and name != "unembed":
-            path = ".".join(filter(None, (self._base, path)))
+        if path is not None:
+            path = self._vocabulary.below_model(path) if name == "unembed" else self.below_base(path)
         if path is None or not self._vocabulary.has(path):
             raise NamesError(f"{self.kind} has no {name}.")
         return path
+
+    def has(self, name: str) -> bool:
+        """Whether the model has the module that the row calls by this name."""
+        try:
+            self.path_of(name)
+        except NamesError:
+            return False
+        return True
+
+    def below_base(self, path: str) -> str:
+        """A path from the base model, from the root."""
+        return ".".join(filter(None, (self._base, path)))
 
     def envoy(self, name: str) -> Envoy:
         """The envoy of the module called `name`."""
@@ -199,6 +211,12 @@ class Stack:
         if found is None and default is None:
             raise NamesError(f"The config of {self.kind} has no {name}.")
         return default if found is None else found  # pyright: ignore[reportReturnType]
+
+    def head_value(self) -> Any:
+        """What the row's `head` is about: a number of the config, a buffer of the model; None where it is not set."""
+        name = self.row.head_value
+        found = getattr(self.config, name, None) if name else None
+        return getattr(self._vocabulary.model, name, None) if name and found is None else found
 
     def implementation(self) -> str:
         """How the model computes attention: `sdpa`, `eager`, …."""

@@ -37,18 +37,17 @@ class Vocabulary:
         self._checked: dict[str, object] = {}  # stack -> the structure of the model when its numbers were checked
         self._scanned: dict[str, object] = {}  # the same for shapes
         self.checking: Run | None = None
+        self.trial_inputs: dict[str, Any] | None = None
         self._promised: dict[str, str] = {}  # stack -> a name by which a module was given away unchecked
         self._read()
 
     def _read(self) -> None:
         self._root = self.tree.root
-        self._model, above = _find_model(self.tree.root)
-        self.config = getattr(self._model, "config", None)
-        self.kind = _describe(self._model, self.config)
-        prefix = getattr(type(self._model), "base_model_prefix", "")
-        inside = prefix if prefix in self._model._modules else ""
-        self.base = ".".join(filter(None, (above, inside)))
-        self.above = above
+        self.model, self._above = _find_model(self.tree.root)
+        self.config = getattr(self.model, "config", None)
+        self.kind = _describe(self.model, self.config)
+        prefix = getattr(type(self.model), "base_model_prefix", "")
+        self.base = self.below_model(prefix if prefix in self.model._modules else "")
         rows = find_rows(self.config, self.kind)
         self.stacks = {name: Stack(self, name, row) for name, row in rows.items()}
 
@@ -116,6 +115,10 @@ class Vocabulary:
             if module is None:
                 return False
         return True
+
+    def below_model(self, path: str) -> str:
+        """A path from the model that the config describes, from the root."""
+        return ".".join(filter(None, (self._above, path)))
 
     def envoy(self, path: str) -> Envoy:
         """The envoy at a path from the root."""
@@ -185,7 +188,7 @@ class Vocabulary:
                 raise NamesError(_REFUSED.format(kind=stack.kind, name=f"{stack.prefix}{name}", reason=reason))
 
     def _check(self, stack: Stack, run: Run | None) -> None:
-        failures = check_stack(self, stack, run)
+        failures = check_stack(self, stack, run.fakes if run is not None else None, self.trial_inputs)
         self.failures = {key: text for key, text in self.failures.items() if key[0] != stack.name}
         self.failures.update({(stack.name, name): text for name, text in failures.items()})
 

@@ -15,8 +15,8 @@ import torch
 from torch.nn import Module
 
 from .._core import OperationPlace, Pass, Run, current_pass
-from ..errors import NamesError
-from ..source import Interception, intercept
+from ..errors import NamesError, SourceError
+from ..source import Interception, analyse, intercept
 from ._eager import attend_eagerly, eager_mask
 
 INTERFACE = "attention_interface_0"
@@ -145,3 +145,11 @@ def eager_function(attention: Module) -> Function:
     if found is None:
         raise NamesError(f"{type(attention).__name__} has no eager attention function, so it shows no pattern.")
     return found
+
+
+def calls_interface(attention: Module) -> bool:
+    """Whether an attention is computed by a function that its config chooses."""
+    try:
+        return INTERFACE in analyse(type(attention).forward).operations
+    except SourceError:
+        return False

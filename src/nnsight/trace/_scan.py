@@ -31,7 +31,7 @@ class ScanTracer(Tracer):
         run = self._run
         assert run is not None
         run.overrides.update(self._overrides)
-        self._fakes = run.fakes = Fakes(lambda place: path_of(run, place))
+        self._fakes = run.fakes = Fakes(lambda place: path_of(run, place), self._overrides)
         self._attributes = Attributes(self._tree.root)
         _log.addFilter(_is_worth_logging)
         self._mode = self._fakes.where_met()
