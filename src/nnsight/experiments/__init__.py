@@ -5,4 +5,6 @@ from ._das import Alignment as Alignment
 from ._das import fit_das as fit_das
 from ._probe import Probe as Probe
 from ._probe import fit_probe as fit_probe
+from ._spec import Intervention as Intervention
+from ._spec import InterventionSpec as InterventionSpec
 from ._store import ActivationStore as ActivationStore

@@ -122,9 +122,7 @@ def fit_das(
     rotation, losses = _train(search, train, dim, steps, batch, lr, chance, progress)
     basis = rotation.detach()
     random = torch.linalg.qr(torch.randn(search.width, dim, generator=chance))[0].to(basis)
-    found, control, full = (
-        search.accuracy(test, b, batch) for b in (basis, random, torch.eye(search.width).to(basis))
-    )
+    found, control, full = (search.accuracy(test, b, batch) for b in (basis, random, torch.eye(search.width).to(basis)))
     return Alignment(search.place.key, position, basis.cpu(), found, control, full, tuple(losses))
 
 

@@ -10,7 +10,7 @@ import torch
 
 from nnsight import Envoy, NNsight, errors
 
-_NAMED = re.compile(r"(?P<name>[a-z_]+)(?:\[(?P<layer>-?\d+)\])?$")
+_NAMED = re.compile(r"(?:(?P<stack>encoder|decoder)\.)?(?P<name>[a-z_]+)(?:\[(?P<layer>-?\d+)\])?$")
 _STREAM = ("batch", "pos", "feature")
 
 
@@ -68,7 +68,8 @@ def find_place(model: NNsight, place: Any) -> Place:
     if isinstance(place, str):
         found = _NAMED.match(place)
         if found and _is_named(model, found["name"]):
-            return _at_site(model, found["name"], None if found["layer"] is None else int(found["layer"]))
+            layer = None if found["layer"] is None else int(found["layer"])
+            return _at_site(model, found["name"], layer, found["stack"])
         return _at_path(model, place)
     if isinstance(place, (tuple, list)) and len(place) in (1, 2) and isinstance(place[0], str):
         return _at_site(model, *place)
