@@ -48,7 +48,7 @@ HOMES = {
     "transformers": ("modeling",),
     "accelerate": ("modeling",),
     "tokenizers": ("modeling",),
-    "huggingface_hub": ("modeling",),
+    "huggingface_hub": ("modeling", "experiments"),
     "PIL": ("modeling",),
     "diffusers": ("modeling/diffusion",),
     "vllm": ("modeling/vllm",),

@@ -133,6 +133,7 @@ class Instruments:
         self.first_calls: dict[Module, int] = {}
         self.layouts: Layouts | None = None
         self.structure = object()  # another one once a module is exchanged
+        self._tree: list[tuple[Module, tuple[Module | None, ...]]] = []
 
     @classmethod
     def of(cls, root: Module) -> Instruments:

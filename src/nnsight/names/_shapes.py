@@ -114,7 +114,9 @@ class Grouped(Part):
 
     def show(self, tensor: torch.Tensor) -> torch.Tensor:
         grouped, queries = self._grouped(tensor)
-        return grouped.narrow(-2, 0, queries).flatten(-3, -2) if self.part == 0 else grouped.select(-2, self._at(queries))
+        return (
+            grouped.narrow(-2, 0, queries).flatten(-3, -2) if self.part == 0 else grouped.select(-2, self._at(queries))
+        )
 
     def take(self, tensor: torch.Tensor, new: torch.Tensor) -> torch.Tensor:
         if self.part:

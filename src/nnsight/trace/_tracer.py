@@ -24,7 +24,7 @@ from ._steps import Steps, StepSelector
 
 if TYPE_CHECKING:
     from ..envoy import Tree
-    from ._edit import Edit
+    from ._edit import Edit, FunctionEdit
 
 
 class Tracer:
@@ -51,7 +51,7 @@ class Tracer:
         prepare: Prepare,
         given: Given | None = None,
         *,
-        edits: Sequence[Edit] = (),
+        edits: Sequence[Edit | FunctionEdit] = (),
         strict_order: bool = False,
     ) -> None:
         self._tree = tree
