@@ -9,6 +9,7 @@ NNsightError
 ├── StoppedError                      the run was ended by ``tracer.stop()``
 ├── WaitError                         blocks wait for something that cannot come
 ├── UnknownPathError (AttributeError) no module or attribute of that name
+├── NamesError (AttributeError)       a name of the vocabulary that this model cannot serve
 ├── EditError (TypeError, ValueError) a value cannot be put where it was assigned
 ├── RowsError                         an invoke's rows cannot be told apart at a place
 ├── GradientError                     a gradient that cannot be had
@@ -56,6 +57,10 @@ class WaitError(NNsightError, RuntimeError):
 
 class UnknownPathError(NNsightError, AttributeError):
     """A module path or attribute that the model does not have."""
+
+
+class NamesError(NNsightError, AttributeError):
+    """A name of the vocabulary that a model, or one of its layers, cannot serve."""
 
 
 class EditError(NNsightError, TypeError, ValueError):

@@ -9,7 +9,7 @@ import torch
 from torch import nn
 
 from nnsight import NNsight
-from nnsight.errors import EditError, NeverRanError, RowsError
+from nnsight.errors import EditError, NeverRanError, OutOfOrderError, OutOfOrderWarning, RowsError
 
 WIDTH = 4
 
@@ -79,6 +79,12 @@ class Cache:
         self.kept: list[torch.Tensor] = []
         self.name = "a cache"
         self.owner = self
+
+
+def filled(value: torch.Tensor) -> Cache:
+    cache = Cache()
+    cache.kept.append(value)
+    return cache
 
 
 class Keeping(nn.Module):
@@ -191,6 +197,22 @@ class TestObjects:
                 model.first.output[:] *= 2
                 expected = model.output.clone()
             assert torch.equal(found[1], expected)
+
+    @pytest.mark.parametrize("manner", ["in place", "item", "attribute"])
+    def test_changes_inside_are_not_repeated_by_a_second_pass(self, manner: str) -> None:
+        model, (x, _) = model_of(Keeping), inputs_of(0)
+        with torch.no_grad(), pytest.raises(OutOfOrderError, match="inside an object"), model.trace(x):
+            change(model.second, manner)
+            model.output
+            model.second.output
+
+    def test_unchanged_are_no_obstacle_to_a_second_pass(self) -> None:
+        model, (x, _) = model_of(Keeping), inputs_of(0)
+        with torch.no_grad(), pytest.warns(OutOfOrderWarning), model.trace(x):
+            assert model.second.inputs[1]["cache"].kept
+            model.output
+            late = model.second.output
+        assert torch.equal(late, model._model.second(x, filled(model._model.first(x))))
 
     def test_of_another_form_are_refused(self) -> None:
         model, inputs = model_of(Keeping), inputs_of(0)

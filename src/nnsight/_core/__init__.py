@@ -5,7 +5,13 @@ parked there is served, in the order the blocks were written, until nobody is pa
 the model goes on with the value as it was left.
 """
 
+from ._aliases import Alias as Alias
+from ._aliases import check_gradient as check_gradient
+from ._aliases import own_part as own_part
+from ._aliases import show_as as show_as
+from ._aliases import source_of_gradient as source_of_gradient
 from ._coroutine import current_pass as current_pass
+from ._coroutine import uncounted as uncounted
 from ._fakes import Fakes as Fakes
 from ._frames import describe_line as describe_line
 from ._frames import trim as trim
@@ -17,10 +23,16 @@ from ._layouts import Probe as Probe
 from ._leaves import leaves_of as leaves_of
 from ._leaves import map_leaves as map_leaves
 from ._modes import capture_modes as capture_modes
+from ._modes import plain_modes as plain_modes
 from ._modes import switch_modes as switch_modes
 from ._order import path_of as path_of
 from ._pass import Override as Override
+from ._pass import Pass as Pass
 from ._preserve import Attributes as Attributes
+from ._preserve import preserved_attributes as preserved_attributes
+from ._preserve import preserved_buffers as preserved_buffers
+from ._preserve import preserved_random_state as preserved_random_state
+from ._rows import Rows as Rows
 from ._rows import split_rows as split_rows
 from ._run import Call as Call
 from ._run import Run as Run

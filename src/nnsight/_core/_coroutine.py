@@ -5,7 +5,8 @@ from __future__ import annotations
 import contextvars
 import sys
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from typing import TYPE_CHECKING, cast
 
 from greenlet import GreenletExit, getcurrent, greenlet
@@ -125,3 +126,18 @@ def current_pass() -> Pass | None:
     """The pass in whose coroutine the current code runs, None outside."""
     current = getcurrent()
     return current.serves if current.__class__ is Coroutine else None  # type: ignore[attr-defined]
+
+
+@contextmanager
+def uncounted() -> Iterator[None]:
+    """Inside, modules called in a pass's coroutine are none of its calls."""
+    current = getcurrent()
+    serves = current.serves if current.__class__ is Coroutine else None  # type: ignore[attr-defined]
+    if serves is None:
+        yield
+        return
+    current.serves = None  # type: ignore[attr-defined]
+    try:
+        yield
+    finally:
+        current.serves = serves  # type: ignore[attr-defined]

@@ -7,7 +7,8 @@ A weight that was never loaded (on the meta device) counts as one on the CPU.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
+from types import MappingProxyType
 from typing import Any
 
 import torch
@@ -30,9 +31,13 @@ _CPU = torch.device("cpu")
 
 
 class Fakes:
-    """The fake tensors of one run: they go with each other and with real ones, in the run and after it."""
+    """The fake tensors of one run: they go with each other and with real ones, in the run and after it.
 
-    def __init__(self, describe: Callable[[Any], str]) -> None:
+    `overrides` are forwards for modules whose own one needs numbers.
+    """
+
+    def __init__(self, describe: Callable[[Any], str], overrides: Mapping[Any, Any] = MappingProxyType({})) -> None:
+        self.overrides = overrides
         self._mode = FakeTensorMode(allow_non_fake_inputs=True)
         self._mode.fake_tensor_converter = _Converter()
         self._describe = describe

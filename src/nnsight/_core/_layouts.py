@@ -83,7 +83,7 @@ class Fact(NamedTuple):
             return False
         if not follows:
             return all(now == 1 for now, was in zip(shape, self.shape, strict=True) if was == 1)
-        return all(rows.fit(shape[follow.dim], follow) for follow in follows)
+        return all(rows.match(shape[follow.dim], follow) for follow in follows)
 
 
 class Layouts:
@@ -175,6 +175,7 @@ class Layouts:
         root = self._instruments.root
         trial = Pass(call, self._instruments, self._stepper, Modes(False, None), overrides, look_at, _nothing)
         trial.learn(keep=False)
+        trial.attended.update(places)
         for place in places:
             trial.wanted_inputs[place] = trial.wanted_outputs[place] = 1
         with preserved_attributes(root), preserved_buffers(root), preserved_random_state():

@@ -41,6 +41,11 @@ class Rare(NamedTuple):
 _PLAIN = Modes(True, None), Modes(False, None)
 
 
+def plain_modes(*function_modes: Any) -> Modes:
+    """No gradients, and nothing else but these function modes."""
+    return Modes(False, _OFF._replace(function_modes=function_modes)) if function_modes else _PLAIN[1]
+
+
 def capture_modes() -> Modes:
     """The modes of this thread as they are now."""
     if _is_inference() or _is_autocast() or _count_function_modes():

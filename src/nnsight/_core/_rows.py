@@ -12,7 +12,9 @@ from typing import Any, NamedTuple
 import torch
 
 from ..errors import EditError, RowsError
-from ._leaves import leaves_of, map_leaves, restore
+from ._aliases import rows_of
+from ._joins import Joins, Piece
+from ._leaves import map_leaves
 
 
 class Part(NamedTuple):
@@ -36,14 +38,15 @@ class Follow(NamedTuple):
     units: tuple[tuple[str, int], ...] = ()
 
 
-Follows = (
-    tuple[Follow, ...] | None
-)  # () for a tensor that all rows have in common, None where they cannot be told apart
-Layout = Mapping[str, Follows]  # for each leaf of a value
+# For each leaf of a value () where all rows have it in common, and None where they cannot be told apart.
+Follows = tuple[Follow, ...] | None
+Layout = Mapping[str, Follows]
 
 SHARED: Follows = ()
 UNKNOWN: Follows = None
 BATCH_FIRST: Follows = (Follow(0),)
+
+Parts = list[tuple["Rows", torch.Tensor]]
 
 
 class Rows(NamedTuple):
@@ -62,7 +65,7 @@ class Rows(NamedTuple):
             raise RowsError(_UNEVEN.format(path=path, length=length, total=self.total))
         return [(number * group + span[0], span[1]) for number in range(follow.groups)]
 
-    def fit(self, length: int, follow: Follow) -> bool:
+    def match(self, length: int, follow: Follow) -> bool:
         """Whether a dimension of `length` can follow the batch in this way."""
         return not length % follow.groups and self._span(length // follow.groups, follow) is not None
 
@@ -94,115 +97,66 @@ def _part(sizes: Sequence[int], i: int) -> Part:
     return Part(sum(sizes[:i]), sizes[i], sum(sizes))
 
 
-def take(value: Any, layout: Layout, rows: Rows, path: str) -> Any:
+def take(value: Any, layout: Layout, rows: Rows, path: str, joins: Joins) -> Any:
     """`value` with every tensor narrowed to `rows`: views, so that in-place edits reach the model, where that can be."""
-    return map_leaves(lambda at, tensor: _narrow(tensor, layout[at], rows, f"{path}{at}"), value)
+    return map_leaves(lambda at, leaf: _narrow(leaf, layout.get(at, UNKNOWN), rows, f"{path}{at}", joins), value)
 
 
-def _narrow(tensor: torch.Tensor, follows: Follows, rows: Rows, path: str) -> torch.Tensor:
+def _narrow(tensor: torch.Tensor, follows: Follows, rows: Rows, path: str, joins: Joins) -> torch.Tensor:
     if follows is None:
         raise RowsError(_UNKNOWN.format(path=path, shape=list(tensor.shape)))
     for follow in follows:
-        pieces = rows.pieces(tensor.shape[follow.dim], follow, path)
+        dim, pieces = follow.dim, rows.pieces(tensor.shape[follow.dim], follow, path)
         start, size = pieces[0]
-        if len(pieces) == 1:
-            tensor = tensor.narrow(follow.dim, start, size)
-        elif size == 1:
-            stride = pieces[1][0] - start
-            tensor = tensor[(*[slice(None)] * follow.dim, slice(start, None, stride))]
+        if len(pieces) > 1:
+            tensor = _pick(tensor, dim, pieces)
+        elif len(follows) > 1:
+            tensor = tensor.narrow(dim, start, size)
         else:
-            tensor = torch.cat([tensor.narrow(follow.dim, *piece) for piece in pieces], follow.dim)
+            tensor = rows_of(tensor, dim, start, size, *joins.source(tensor, dim, start, size))
     return tensor
 
 
-def put(value: Any, layout: Layout, rows: Rows, seen: Mapping[str, torch.Tensor], new: Any, path: str) -> Any:
-    """`new`, which stands for `rows` alone, as a value of the whole batch.
-
-    `seen` holds the leaves that the block was given for these rows: one of them, or of `value`, that is still in `new`
-    means "as it was".
-    """
-    whole, parts = leaves_of(value), leaves_of(new)
-    if whole.keys() != parts.keys():
-        raise EditError(
-            f"{path} holds {len(whole)} tensors ({_names(whole)}) and was assigned {len(parts)} ({_names(parts)}): in a "
-            "batch of several invokes an assigned value must have the form of the one it replaces."
-        )
-    merged = {}
-    for at, old in whole.items():
-        part = parts[at]
-        unchanged = part is old or part is seen.get(at)
-        merged[at] = old if unchanged else _merge(old, part, layout[at], rows, f"{path}{at}")
-    return restore(new, value, merged)
+def _pick(tensor: torch.Tensor, dim: int, pieces: list[tuple[int, int]]) -> torch.Tensor:
+    """Parts that do not lie together: a view only where each is a single entry."""
+    (start, size), (following, _) = pieces[:2]
+    if size == 1:
+        return tensor[(*[slice(None)] * dim, slice(start, None, following - start))]
+    return torch.cat([tensor.narrow(dim, *piece) for piece in pieces], dim)
 
 
-def _names(leaves: Mapping[str, torch.Tensor]) -> str:
-    return ", ".join(at or "itself" for at in list(leaves)[:6]) + (", …" if len(leaves) > 6 else "")
-
-
-def _merge(old: torch.Tensor, part: torch.Tensor, follows: Follows, rows: Rows, path: str) -> torch.Tensor:
-    if not follows:
-        kind = _UNKNOWN if follows is None else _SHARED
-        raise RowsError(kind.format(path=path, shape=list(old.shape)))
-    expected = list(old.shape)
-    for follow in follows:
-        expected[follow.dim] = sum(size for _, size in rows.pieces(old.shape[follow.dim], follow, path))
+def fit(whole: torch.Tensor, part: torch.Tensor, follows: Follows, rows: Rows, path: str) -> torch.Tensor:
+    """`part` as it can stand for `rows` of `whole`."""
+    if follows is None or len(follows) != 1:
+        kind = _UNKNOWN if follows is None else _TWO if follows else _SHARED
+        raise RowsError(kind.format(path=path, shape=list(whole.shape)))
+    dim = follows[0].dim
+    size = sum(size for _, size in rows.pieces(whole.shape[dim], follows[0], path))
+    expected = [*whole.shape[:dim], size, *whole.shape[dim + 1 :]]
     if list(part.shape) != expected:
         try:
-            part = part.expand(expected)
+            part = part.expand(expected).contiguous()
         except RuntimeError:
             raise EditError(
                 f"{path} was assigned a tensor of shape {list(part.shape)}; the rows of this invoke have {expected}."
             ) from None
-    return _exchange(old, part.to(old), follows, rows, path)
+    return part.to(whole)
 
 
-def _exchange(
-    old: torch.Tensor, part: torch.Tensor, follows: tuple[Follow, ...], rows: Rows, path: str
-) -> torch.Tensor:
-    """`old` with `part` where `rows` are along the first of `follows`; along the others, within that."""
-    (dim, *_), rest = follows[0], follows[1:]
-    composed, at, used = [], 0, 0
-    for start, size in rows.pieces(old.shape[dim], follows[0], path):
-        piece = part.narrow(dim, used, size)
-        if rest and size:
-            piece = _exchange(old.narrow(dim, start, size), piece, rest, rows, path)
-        composed += [old.narrow(dim, at, start - at), piece]
-        at, used = start + size, used + size
-    composed.append(old.narrow(dim, at, old.shape[dim] - at))
-    return torch.cat([piece for piece in composed if piece.shape[dim]], dim)
-
-
-def join_views(value: Any, layout: Layout, views: list[tuple[Rows, Any]], path: str) -> Any:
-    """`value` composed of the views that blocks hold, so that gradients pass through them; objects stay as they are."""
-    held = [(rows, leaves_of(seen)) for rows, seen in views]
-
-    def join(at: str, tensor: torch.Tensor) -> torch.Tensor:
-        follows = layout[at]
-        if follows is None or len(follows) != 1 or not tensor.requires_grad:
-            return tensor
-        dim, length = follows[0].dim, tensor.shape[follows[0].dim]
-        placed: list[tuple[int, torch.Tensor]] = []
-        for rows, tensors in held:
-            pieces, used = rows.pieces(length, follows[0], path), 0
-            if tensors[at].shape[dim] != sum(size for _, size in pieces):
-                return tensor
-            for start, size in pieces:
-                placed.append((start, tensors[at].narrow(dim, used, size)))
-                used += size
-        return _compose(tensor, dim, placed)
-
-    return map_leaves(join, value, in_objects=False)
-
-
-def _compose(tensor: torch.Tensor, dim: int, placed: list[tuple[int, torch.Tensor]]) -> torch.Tensor:
-    composed, done = [], 0
+def pieces_of(whole: torch.Tensor, follow: Follow, parts: Parts) -> list[Piece]:
+    """What a tensor like `whole` with `parts` in their rows is made of, in order."""
+    placed: list[tuple[int, Piece]] = []
+    for rows, part in parts:
+        used = 0
+        for start, size in rows.pieces(whole.shape[follow.dim], follow, ""):
+            placed.append((start, Piece(part, used, size)))
+            used += size
+    found, at = [], 0
     for start, piece in sorted(placed, key=lambda pair: pair[0]):
-        if start < done:
-            return tensor
-        composed += [tensor.narrow(dim, done, start - done), piece]
-        done = start + piece.shape[dim]
-    composed.append(tensor.narrow(dim, done, tensor.shape[dim] - done))
-    return torch.cat([piece for piece in composed if piece.shape[dim]], dim)
+        found += [Piece(whole, at, start - at), piece]
+        at = start + piece.size
+    found.append(Piece(whole, at, whole.shape[follow.dim] - at))
+    return [piece for piece in found if piece.size]
 
 
 _UNEVEN = """\
@@ -218,3 +172,7 @@ in tracer.invoke() without input, which sees the whole batch."""
 _SHARED = """\
 {path} (shape {shape}) is shared by all rows of the batch, so one invoke cannot change it for itself alone. Change it in \
 tracer.invoke() without input, for the whole batch, or trace this input alone."""
+
+_TWO = """\
+{path} (shape {shape}) follows the batch in two dimensions, so one invoke cannot assign a part of it. Change it in place \
+(`value[:] = ...`), or trace this input alone."""

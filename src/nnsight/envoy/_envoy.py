@@ -122,17 +122,30 @@ class Envoy(Values):
     def __getattr__(self, name: str) -> Any:
         if name.startswith("__") or "_module" not in self.__dict__:
             raise AttributeError(name)
+        child = self._children.get(name)
+        if child is not None and self._module._modules.get(name) is child._module:
+            return child
         child = self._child(name) or self._renamed(name)
         if child is not None:
             return child
         own = next((vars(cls)[name] for cls in type(self).__mro__ if name in vars(cls)), None)
         if own is not None and hasattr(own, "__get__"):
             return own.__get__(self, type(self))  # it raised an AttributeError, and does so again
+        return self._of_module(name)
+
+    def _of_module(self, name: str) -> Any:
         try:
             value = getattr(self._module, name)
         except AttributeError:
-            raise unknown(self, name, (*self._aliases(), *_public_names(type(self)))) from None
+            named = self._named(name)
+            if named is None:
+                raise unknown(self, name, (*self._aliases(), *_public_names(type(self)))) from None
+            return named
         return self._bind(value) if inspect.ismethod(value) and value.__self__ is self._module else value
+
+    def _named(self, name: str) -> Envoy | None:
+        find = self._tree.find_named
+        return None if find is None else find(self, name)
 
     def _bind(self, method: Any) -> Any:
         @functools.wraps(method)
@@ -163,7 +176,7 @@ class Envoy(Values):
             if index >= 0:
                 self._indexed[index] = (child._path.rpartition(".")[2], child)
             return child
-        child = self._child(index) or self._renamed(index)
+        child = self._child(index) or self._renamed(index) or self._named(index)
         if child is None:
             raise unknown(self, index, self._aliases())
         return child

@@ -38,6 +38,9 @@ class Tree:
         self.aliases: Aliases | None = None
         self.classes: Classes | None = None
         self.operations: Tree | None = None
+        self.vocabulary: Any = None
+        self.due: Callable[[], None] | None = None  # to be done when the next trace begins
+        self.find_named: Callable[[Envoy, str], Envoy | None] | None = None  # names beside the modules' own
 
     def rebind(self, root: Module) -> None:
         """Use another module from now on (the loaded one in place of its empty shape)."""

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Mapping, Sequence
-from typing import Any, Literal, overload
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, Literal, cast, overload
 
 from torch.nn import Module
 
@@ -12,12 +12,14 @@ from .. import _patches
 from .._core import Call, Override, Probe
 from ..envoy import Aliases, Classes, Envoy, Tree
 from ..errors import InputError, NoInputError
-from ..trace import IN_A_TRACE, Edit, Editing, Given, Prepared, ScanTracer, Session, Tracer, save
+from ..names import Name, Named, find_named
+from ..trace import IN_A_TRACE, Edit, Editing, FunctionEdit, Given, Prepared, ScanTracer, Session, Tracer, save
+from ._apply import Applied, Intervention, edits_of
 from ._batch import join_inputs
 from ._probe import choose_rows, select_rows
 
 
-class NNsight(Envoy):
+class NNsight(Named):
     """Wraps a module; the module itself is used as it stands and is never changed.
 
     Example:
@@ -56,13 +58,15 @@ class NNsight(Envoy):
             raise InputError(f"NNsight wraps a torch.nn.Module, not a {type(module).__name__}.")
         _patches.mount(save, IN_A_TRACE)
         tree = Tree(module)
+        tree.find_named = find_named
         super().__init__(module, "model", tree)
         if envoys:
             tree.classes = Classes(module, envoys, Envoy)
         if rename:
             kinds = {type(self), Envoy, *(envoys or {}).values()}
-            tree.aliases = Aliases(module, rename, {name for kind in kinds for name in dir(kind)})
-        self._edits: list[Edit] = []
+            taken = {name for kind in kinds for name in dir(kind) if not isinstance(vars(Named).get(name), Name)}
+            tree.aliases = Aliases(module, rename, taken)
+        self._edits: list[Edit | FunctionEdit] = []
 
     @property
     def _model(self) -> Module:
@@ -194,8 +198,12 @@ class NNsight(Envoy):
 
     # --- edits -----------------------------------------------------------------------------------------------
 
-    def edit(self, *, inplace: bool = False) -> Editing:
-        """Store a block that runs in every later trace, at every step of a generation.
+    @overload
+    def edit(self, intervention: None = None, *, inplace: bool = False) -> Editing: ...
+    @overload
+    def edit(self, intervention: Intervention, *, inplace: bool = False) -> NNsight: ...
+    def edit(self, intervention: Intervention | None = None, *, inplace: bool = False) -> Editing | NNsight:
+        """Store a block, or an intervention, that runs in every later trace, at every step of a generation.
 
         Example:
             >>> import torch
@@ -209,13 +217,46 @@ class NNsight(Envoy):
             True
 
         Args:
+            intervention: An intervention as data, such as `nnsight.experiments.InterventionSpec`; without it, the block of
+                the `with` statement is stored.
             inplace: Edit this model; otherwise the `as` name becomes a second model that shares the weights.
 
         Returns:
-            A context whose `as` value is the edited model.
+            A context whose `as` value is the edited model; with an intervention, the edited model itself.
         """
         edited = self if inplace else self._copy()
+        if intervention is not None:
+            edited._edits += edits_of(self, intervention)
+            return edited
         return Editing(edited, edited._edits.append)
+
+    def apply(self, intervention: Intervention | Callable[[Module], None]) -> Any:
+        """Put an intervention in force for the traces and generations inside a `with` statement.
+
+        A function is applied to every submodule instead, as by `torch.nn.Module.apply`.
+
+        Example:
+            >>> from nnsight import LanguageModel
+            >>> from nnsight.experiments import Intervention, InterventionSpec
+            >>> model = LanguageModel("nnsight/landmarks")
+            >>> spec = InterventionSpec(Intervention("mlp_out[3]", "zero"))
+            >>> with model.apply(spec), model.trace("The Eiffel Tower is in"):
+            ...     silent = model.mlp_out[3].save()
+            >>> bool((silent == 0).all())
+            True
+
+        Args:
+            intervention: An intervention as data, such as `nnsight.experiments.InterventionSpec`.
+
+        Returns:
+            A context whose `as` value is this model.
+
+        Raises:
+            InputError: The intervention does not fit this model, or a trace is open already.
+        """
+        if not hasattr(intervention, "prepare"):
+            return self._bind(self._module.apply)(intervention)
+        return Applied(self, edits_of(self, cast("Intervention", intervention)), self._edits)
 
     def clear_edits(self) -> None:
         """Drop every stored edit of this model; other models that share its weights keep theirs."""

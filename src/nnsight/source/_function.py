@@ -30,6 +30,7 @@ class FunctionSource:
     operations: Mapping[str, Operation] = field(repr=False)
     code: CodeType = field(repr=False)
     instrumented: CodeType = field(repr=False)
+    partly: dict[frozenset[str], CodeType] = field(repr=False, default_factory=dict)
 
     def find(self, name: str) -> Operation:
         """The operation of that name; `SourceError` says which ones there are."""
@@ -49,6 +50,19 @@ class FunctionSource:
 
     def __str__(self) -> str:
         return self.render()
+
+
+def instrumented_code(function: FunctionType, only: frozenset[str] | None) -> CodeType:
+    """The code of a function that routes its operations, or `only` some, to a dispatch."""
+    source = source_of(function)
+    if only is None:
+        return source.instrumented
+    found = source.partly.get(only)
+    if found is None:
+        text = read(function)
+        rewrite(text.definition, only)
+        found = source.partly[only] = compile_in_place(text.definition, function, text.imported)
+    return found
 
 
 _known: dict[int, FunctionSource] = {}  # by the code's identity: equal code may come from different files

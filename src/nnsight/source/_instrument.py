@@ -6,7 +6,7 @@ from collections.abc import Callable
 from types import CellType, FunctionType
 from typing import Any, cast
 
-from ._function import FunctionSource, source_of
+from ._function import FunctionSource, instrumented_code, source_of
 from ._layers import Function, copy_function, layers, same, with_inner
 from ._rewrite import DISPATCH
 
@@ -35,7 +35,9 @@ def analyse(function: Any, *, unwrap: bool = True) -> FunctionSource:
     return source_of(cast("FunctionType", layers(function, unwrap)[-1]))
 
 
-def instrument(function: Any, dispatch: Dispatch, *, unwrap: bool = True) -> Function:
+def instrument(
+    function: Any, dispatch: Dispatch, *, unwrap: bool = True, only: frozenset[str] | None = None
+) -> Function:
     """A copy of a callable in which ``f(a, k=b)`` is ``dispatch(name, f, (a,), {"k": b})``.
 
     ```python
@@ -53,6 +55,7 @@ def instrument(function: Any, dispatch: Dispatch, *, unwrap: bool = True) -> Fun
         dispatch: Called with the operation's name, the callee, its positional and its keyword arguments;
             what it returns is the operation's result.
         unwrap: As for `analyse`.
+        only: The names of the operations to route; by default all.
 
     Returns:
         The copy.
@@ -62,7 +65,7 @@ def instrument(function: Any, dispatch: Dispatch, *, unwrap: bool = True) -> Fun
     """
     found = layers(function, unwrap)
     inner = found.pop()
-    new: Function = _bind(cast("FunctionType", inner), dispatch)
+    new: Function = _bind(cast("FunctionType", inner), dispatch, only)
     while found:
         layer = found.pop()
         new = with_inner(layer, inner, new, _reroute)
@@ -70,8 +73,8 @@ def instrument(function: Any, dispatch: Dispatch, *, unwrap: bool = True) -> Fun
     return new
 
 
-def _bind(function: FunctionType, dispatch: Dispatch) -> FunctionType:
-    code = source_of(function).instrumented
+def _bind(function: FunctionType, dispatch: Dispatch, only: frozenset[str] | None) -> FunctionType:
+    code = instrumented_code(function, only)
     cells = dict(zip(function.__code__.co_freevars, function.__closure__ or (), strict=True))
     cells[DISPATCH] = CellType(dispatch)
     return copy_function(function, code, tuple([cells[name] for name in code.co_freevars]))

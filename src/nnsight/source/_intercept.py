@@ -20,19 +20,22 @@ Redirect = Callable[[Function, tuple[Any, ...], dict[str, Any]], tuple[Function,
 class Interception:
     """What stands in a run's overrides for a module, and below it for the functions that its operations call.
 
-    `redirects` gives what is called in place of an operation.  Once `place_of` is set, every operation is a
-    place of the run, visible from the next call of `owner` on; `callees` then holds the functions that the
-    operations call for which somebody waits.  A `previous` override of the module stays in force.
+    `redirects` gives what is called in place of an operation; `only` are the operations that a redirect may be given
+    for, where that is known beforehand.  Once `place_of` is set, every operation is a place of the run, visible from the
+    next call of `owner` on; `callees` then holds the functions that the operations call for which somebody waits.  A
+    `previous` override of the module stays in force.
     """
 
     def __init__(self, owner: Any, previous: Callable[[Function], Function] | None = None) -> None:
         self.owner = owner
         self._previous = previous
         self.redirects: dict[str, Redirect] = {}
+        self.only: frozenset[str] | None = None
+        self.guest: Any = None  # whoever gave the redirects
         self.place_of: Callable[[str], Any] | None = None
         self.callees: dict[Any, Function] = {}
         self._inside: dict[str, Interception] = {}
-        self._made: tuple[Function, Function] | None = None
+        self._made: tuple[Function, Function, frozenset[str] | None] | None = None
 
     def inside(self, name: str) -> Interception:
         """The interception of the function that operation `name` calls, made at need."""
@@ -43,11 +46,12 @@ class Interception:
         if isinstance(plain, Module):  # it has hooks, and operations of its own
             return plain
         current = current_pass()
-        if self.place_of is not None and current is not None:
+        only = None if self.place_of is not None else self.only
+        if self.owner is not None and current is not None and (self.place_of is not None or only):
             current.see().open(self.owner)
-        if self._made is None or not same(self._made[0], plain):
+        if self._made is None or self._made[2] != only or not same(self._made[0], plain):
             function = plain if self._previous is None else self._previous(plain)
-            self._made = plain, instrument(function, _dispatch_to(self))
+            self._made = plain, instrument(function, _dispatch_to(self), only=only), only
         return self._made[1]
 
     def _dispatch(self, name: str, function: Function, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:

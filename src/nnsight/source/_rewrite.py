@@ -8,15 +8,16 @@ DISPATCH is a free variable of the function: neither its globals nor its local v
 from __future__ import annotations
 
 import ast
+from collections.abc import Collection
 
 from ._operations import Definition, named_calls, own_calls
 
 DISPATCH = "__nnsight_dispatch__"
 
 
-def rewrite(definition: Definition) -> None:
-    """Route every operation of a function through DISPATCH, in place."""
-    names = {id(call): name for name, call in named_calls(definition).items()}
+def rewrite(definition: Definition, only: Collection[str] | None = None) -> None:
+    """Route every operation of a function, or `only` those of these names, through DISPATCH, in place."""
+    names = {id(call): name for name, call in named_calls(definition).items() if only is None or name in only}
     readers = {id(call) for call in own_calls(definition) if _reads_locals(call)}
     rewriter = _Rewriter(names, readers)
     definition.body = [rewriter.visit(statement) for statement in definition.body]

@@ -4,6 +4,7 @@ from ._barrier import Barrier as Barrier
 from ._cache import Cache as Cache
 from ._edit import Edit as Edit
 from ._edit import Editing as Editing
+from ._edit import FunctionEdit as FunctionEdit
 from ._given import Given as Given
 from ._given import Prepared as Prepared
 from ._gradient import IN_A_TRACE as IN_A_TRACE

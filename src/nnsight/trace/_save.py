@@ -15,7 +15,7 @@ T = TypeVar("T")
 
 
 class Saved(NamedTuple):
-    """A tensor as it was when it was saved; a view shares its version with its whole base, so it has a sum too."""
+    """A tensor as it was when it was saved; a part of another shares its version with the whole, so it has sums too."""
 
     tensor: weakref.ref[torch.Tensor]
     version: int
@@ -59,7 +59,7 @@ def save(value: T) -> T:
         if frame is not None:
             place = (frame.f_code.co_filename, frame.f_lineno)
             worker.run.saved += [
-                Saved(weakref.ref(tensor), tensor._version, _sums(tensor) if tensor._is_view() else None, *place)
+                Saved(weakref.ref(tensor), tensor._version, _sums(tensor) if _is_part(tensor) else None, *place)
                 for tensor in tensors_in(value)
                 if not tensor.is_inference()
             ]
@@ -78,6 +78,11 @@ def warn_about_changes(run: Run) -> None:
                 saved.line,
             )
     run.saved.clear()
+
+
+def _is_part(tensor: torch.Tensor) -> bool:
+    base = tensor._base
+    return base is not None and base.numel() != tensor.numel()
 
 
 def _sums(tensor: torch.Tensor) -> torch.Tensor:

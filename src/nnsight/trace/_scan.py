@@ -18,6 +18,7 @@ _log = logging.getLogger("torch._subclasses.fake_tensor")
 class ScanTracer(Tracer):
     """A trace in which the model's values are fake tensors: shape, strides, dtype and device, no numbers."""
 
+    _computes = False
     _overrides: Mapping[Module, Override] = {}
 
     def with_overrides(self, overrides: Mapping[Module, Override]) -> ScanTracer:
@@ -30,7 +31,7 @@ class ScanTracer(Tracer):
         run = self._run
         assert run is not None
         run.overrides.update(self._overrides)
-        self._fakes = Fakes(lambda place: path_of(run, place))
+        self._fakes = run.fakes = Fakes(lambda place: path_of(run, place), self._overrides)
         self._attributes = Attributes(self._tree.root)
         _log.addFilter(_is_worth_logging)
         self._mode = self._fakes.where_met()

@@ -24,7 +24,7 @@ from ._steps import Steps, StepSelector
 
 if TYPE_CHECKING:
     from ..envoy import Tree
-    from ._edit import Edit
+    from ._edit import Edit, FunctionEdit
 
 
 class Tracer:
@@ -43,13 +43,15 @@ class Tracer:
         (torch.Size([1, 4]), torch.Size([1, 2]))
     """
 
+    _computes = True
+
     def __init__(
         self,
         tree: Tree,
         prepare: Prepare,
         given: Given | None = None,
         *,
-        edits: Sequence[Edit] = (),
+        edits: Sequence[Edit | FunctionEdit] = (),
         strict_order: bool = False,
     ) -> None:
         self._tree = tree
@@ -66,6 +68,8 @@ class Tracer:
         if self._prepare is None:
             raise NotTracingError("A tracer can be entered once: call model.trace(...) again.")
         tree = self._tree
+        if tree.due is not None and self._computes:
+            tree.due()
         run = self._run = Run(tree.instruments, tree.root, self._make_call, strict=self._strict)
         for edit in self._edits:
             edit.add_to(run)
