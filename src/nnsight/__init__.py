@@ -7,6 +7,7 @@ from .envoy import View as View
 from .modeling import LanguageModel as LanguageModel
 from .modeling import NNsight as NNsight
 from .modeling import TransformersModel as TransformersModel
+from .modeling import VisionLanguageModel as VisionLanguageModel
 from .trace import Tracer as Tracer
 from .trace import save as save
 

@@ -58,7 +58,9 @@ def test_integrated_gradients(model, plain, pairs, diff):
         for step in range(steps):
             moved = base[layer] + (step + 0.5) / steps * change
             leaf = moved.clone().requires_grad_()
-            slopes.append(torch.autograd.grad(diff(plain(corrupted, {("resid_mid", layer): lambda _: leaf})).sum(), leaf)[0])
+            slopes.append(
+                torch.autograd.grad(diff(plain(corrupted, {("resid_mid", layer): lambda _: leaf})).sum(), leaf)[0]
+            )
         effect = (change * torch.stack(slopes).mean(0)).sum(-1)
         expected = found.baseline["corrupted"][:, None] + effect
         torch.testing.assert_close(found.values[:, layer], expected, rtol=1e-4, atol=1e-4)

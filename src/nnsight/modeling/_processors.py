@@ -11,7 +11,7 @@ import torch
 from ..errors import InputError, LoadError
 from ..trace import Given
 from ._encodings import Encoded, as_encoded, is_array
-from ._text import describe, encode, is_chat
+from ._text import describe, encode, is_chat, render_chat
 
 RAW = ("text", "images", "audio", "videos")  # names under which a processor takes inputs
 OPTIONS = frozenset({"add_special_tokens", "truncation", "max_length", "add_generation_prompt", "sampling_rate"})
@@ -48,12 +48,19 @@ class Reader:
     """
 
     def __init__(
-        self, main: str, processor: Callable[[], Any], tokenizer: Callable[[], Any], options: dict[str, Any]
+        self,
+        main: str,
+        processor: Callable[[], Any],
+        tokenizer: Callable[[], Any],
+        options: dict[str, Any],
+        *,
+        pad_left: bool,
     ) -> None:
         self._main = main
         self._processor = processor
         self._tokenizer = tokenizer
         self._options = options
+        self._padding_side = "left" if pad_left else "right"
 
     def read(self, given: Given) -> list[Encoded]:
         """Its rows, as encodings."""
@@ -84,6 +91,8 @@ class Reader:
             value = torch.as_tensor(value)
         if isinstance(value, torch.Tensor) and value.is_floating_point():
             return [self._read_tensor(value)]
+        if is_chat(value) and _holds_media(value):
+            return [self._process_chat(value)]
         if kind == "audio":
             clips = list(value) if _is_list_of_clips(value) else [value]
             return [self._process({"audio": clip}) for clip in clips]
@@ -133,6 +142,20 @@ class Reader:
             found[kind] = value
         return found
 
+    def _process_chat(self, messages: Any) -> Encoded:
+        """A conversation whose messages hold images or sounds."""
+        processor = self._processor()
+        if getattr(processor, "chat_template", None) is None:
+            raise InputError("This model's processor has no chat template: pass the text and its images=... instead.")
+        found = processor.apply_chat_template(
+            list(messages),
+            tokenize=True,
+            return_dict=True,
+            return_tensors="pt",
+            add_generation_prompt=self._options.get("add_generation_prompt", True),
+        )
+        return as_encoded(found, self._main)
+
     def _process(self, raw: dict[str, Any]) -> Encoded:
         """Call the processor, or the part of it that takes the only kind of input there is."""
         single = next(iter(raw)) if len(raw) == 1 else None
@@ -143,7 +166,11 @@ class Reader:
         options: dict[str, Any] = {"return_tensors": "pt"}
         if "text" in raw:
             options |= {n: v for n, v in self._options.items() if n not in ("add_generation_prompt", "sampling_rate")}
-            options["padding"] = isinstance(raw["text"], (list, tuple))
+            if is_chat(raw["text"]):
+                raw = {**raw, "text": render_chat(raw["text"], _renderer(processor), self._options)}
+                options["add_special_tokens"] = False
+            if isinstance(raw["text"], (list, tuple)):
+                options |= {"padding": True, "padding_side": self._padding_side}
         if "audio" in raw:
             extractor = part_of(processor, "audio")
             options["sampling_rate"] = self._options.get("sampling_rate", getattr(extractor, "sampling_rate", None))
@@ -157,6 +184,15 @@ def _innermost(value: Any) -> Any:
     while isinstance(value, (list, tuple)) and value and not is_chat(value):
         value = value[0]
     return value
+
+
+def _holds_media(messages: Any) -> bool:
+    contents = [message["content"] for message in messages if not isinstance(message.get("content"), (str, type(None)))]
+    return any(isinstance(item, Mapping) and item.get("type", "text") != "text" for items in contents for item in items)
+
+
+def _renderer(processor: Any) -> Any:
+    return processor if getattr(processor, "chat_template", None) is not None else part_of(processor, "text")
 
 
 def _has_text(value: Any) -> bool:

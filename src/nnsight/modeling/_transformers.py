@@ -278,7 +278,7 @@ class TransformersModel(NNsight):
         if not givens:
             raise NoInputError(NO_INPUT)
         needs = self._needs()
-        reader = Reader(needs.main, lambda: self.processor, lambda: self.tokenizer, options)
+        reader = Reader(needs.main, lambda: self.processor, lambda: self.tokenizer, options, pad_left=needs.pads_left)
         groups = [reader.read(given) for given in givens]
         parts = [part for group in groups for part in group]
         if not parts:

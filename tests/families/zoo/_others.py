@@ -200,5 +200,9 @@ MULTIMODAL = [
         decoder="model.decoder.layers",
     ),
     tensors("llava", llava, llava_inputs, "model.language_model.layers", "self_attn", "lm_head"),
-    tensors("qwen2_vl", qwen2_vl, qwen2_vl_inputs, "model.language_model.layers", "self_attn", "lm_head"),
+    tensors(
+        *("qwen2_vl", qwen2_vl, qwen2_vl_inputs, "model.language_model.layers", "self_attn", "lm_head"),
+        # where the images begin in the row of all patches, and numbers of patches that are the same in each image
+        refuses=("model.visual.blocks.*.input", "model.visual.rotary_pos_emb.*"),
+    ),
 ]
