@@ -32,6 +32,7 @@ from ._visit import RESULT as RESULT
 from ._visit import STEP as STEP
 from ._visit import OperationPlace as OperationPlace
 from ._visit import Place as Place
+from ._visit import Request as Request
 from ._visit import Visit as Visit
 from ._worker import Worker as Worker
 from ._worker import active as active

@@ -14,6 +14,7 @@ from ..envoy import Aliases, Classes, Envoy, Tree
 from ..errors import InputError, NoInputError
 from ..trace import IN_A_TRACE, Edit, Editing, Given, Prepared, ScanTracer, Session, Tracer, save
 from ._batch import join_inputs, select_rows
+from ._elsewhere import open_elsewhere
 
 
 class NNsight(Envoy):
@@ -62,6 +63,9 @@ class NNsight(Envoy):
             kinds = {type(self), Envoy, *(envoys or {}).values()}
             tree.aliases = Aliases(module, rename, {name for kind in kinds for name in dir(kind)})
         self._edits: list[Edit] = []
+        self._rename = dict(rename) if rename else None
+
+    _is_served = False  # a server's own: what asks to run elsewhere has arrived there
 
     @property
     def _model(self) -> Module:
@@ -86,7 +90,8 @@ class NNsight(Envoy):
             *inputs: What the model is called with.
             trace: False calls the model plainly and returns its result.
             strict_order: Make reading a place that has passed an error; otherwise a second forward pass serves it.
-            **kwargs: Keyword arguments of the forward.
+            **kwargs: Keyword arguments of the forward; `remote=True`, `timeout=` (seconds), `blocking=False` and
+                `backend="local-process"` run the block elsewhere.
 
         Returns:
             A `Tracer` to use in a `with` statement, or with `trace=False` what the model returns.
@@ -94,6 +99,9 @@ class NNsight(Envoy):
         Raises:
             NoInputError: Neither here nor in an invoke was the model given an input.
         """
+        elsewhere = open_elsewhere(self, "trace", inputs, kwargs, strict_order=strict_order)
+        if elsewhere is not None:
+            return elsewhere
         given = Given(inputs, {}) if inputs or self._gives_input(kwargs) else None
         if not trace:
             return self._prepare([given] if given else [], kwargs).call()
@@ -105,7 +113,7 @@ class NNsight(Envoy):
             strict_order=strict_order,
         )
 
-    def scan(self, *inputs: Any, strict_order: bool = False, **kwargs: Any) -> ScanTracer:
+    def scan(self, *inputs: Any, strict_order: bool = False, **kwargs: Any) -> Any:
         """Trace shapes and dtypes only: nothing is computed, and weights need not be there.
 
         Values inside the block, and after it, are fake tensors, which know their shape, strides, dtype and
@@ -134,6 +142,9 @@ class NNsight(Envoy):
             NoInputError: The model was given no input.
             ScanError: A shape depends on values; the message names the module.
         """
+        elsewhere = open_elsewhere(self, "scan", inputs, kwargs, strict_order=strict_order)
+        if elsewhere is not None:
+            return elsewhere
         given = Given(inputs, {}) if inputs or self._gives_input(kwargs) else None
         tracer = ScanTracer(
             self._tree,
@@ -148,8 +159,10 @@ class NNsight(Envoy):
         """Forwards to use in a scan in place of those whose shapes depend on values."""
         return {}
 
-    def session(self) -> Session:
+    def session(self, **options: Any) -> Any:
         """Group traces that belong together; values of one are ordinary variables in the next.
+
+        With `remote=True` the whole block runs on the server, as one job.
 
         Example:
             >>> from nnsight import LanguageModel
@@ -159,8 +172,17 @@ class NNsight(Envoy):
             ...         hidden = model.transformer.h[0].output[0].save()
             ...     with model.trace("World"):
             ...         model.transformer.h[0].output[0][:] = hidden
+
+        Args:
+            **options: `remote=True`, and with it `timeout=`, `blocking=` and `backend=`, as for `trace`.
+
+        Returns:
+            A context for a `with` statement.
         """
-        return Session(self._tree)
+        elsewhere = open_elsewhere(self, "session", (), options)
+        if options:
+            raise InputError(f"model.session() takes no {', '.join(options)}.")
+        return Session(self._tree) if elsewhere is None else elsewhere
 
     def _gives_input(self, kwargs: dict[str, Any]) -> bool:
         """Whether the keyword arguments of a trace are themselves an input."""

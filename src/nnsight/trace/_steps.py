@@ -116,6 +116,9 @@ def reach_step(run: Run, worker: Worker, step: int) -> bool:
         return main.step == step or _raise_passed(step, main.step)
     if main.done:
         return False
+    if step == 0:  # what runs before it, an encoder for one, belongs to the first step
+        run.lone = False
+        return True
     return run.wait_for_step(worker, step)
 
 
