@@ -111,10 +111,10 @@ class JobWriter:
     # --- names -----------------------------------------------------------------------------------------------
 
     def _bound(self, block: Block, scope: Scope) -> BoundBlock:
-        names = scope.variables(block)
-        found = {name: scope.get(name, _ABSENT) for name in sorted(names & block.names_read)}
+        names, reads = scope.variables(block), block.names_read - block.target_names()
+        found = {name: scope.get(name, _ABSENT) for name in sorted(names & reads)}
         variables = {n: self._encoder.encode(value, n) for n, value in found.items() if value is not _ABSENT}
-        namespace = self._namespace(scope.globals, block.names_read - names)
+        namespace = self._namespace(scope.globals, reads - names)
         return BoundBlock(_text(block), sorted(names), variables, namespace)
 
     def _namespace(self, values: dict[str, Any], reads: frozenset[str]) -> int:
