@@ -18,11 +18,12 @@ from fastapi import FastAPI
 from fastapi.concurrency import run_in_threadpool
 
 from ..errors import NNsightError
+from ..sandbox import missing
 from ._app import Service, make_app
 from ._keys import Keys
 from ._limits import Limits
 from ._news import News
-from ._process import ProcessRunner
+from ._process import ConfinedRunner, TrustedRunner
 from ._queue import Queue
 from ._replica import Replica
 from ._store import Store
@@ -69,7 +70,7 @@ def serve(
     with _only_server_in(folder):
         store, news = Store(folder), News()
         queue = Queue(store, limits, news)
-        replicas = [_replica(model, options or {}, queue, news, limits) for model in models]
+        replicas = [_replica(model, options or {}, queue, news, limits, trusted=trusted) for model in models]
         service = Service(queue, replicas, Keys(keys), limits, news, trusted=trusted)
         app = make_app(service)
         app.router.lifespan_context = _lifespan(service)
@@ -79,22 +80,27 @@ def serve(
             store.close()
 
 
-def _replica(model: str, options: dict[str, Any], queue: Queue, news: News, limits: Limits) -> Replica:
+def _replica(
+    model: str, options: dict[str, Any], queue: Queue, news: News, limits: Limits, *, trusted: bool
+) -> Replica:
     name, _, revision = model.partition("@")
+    runner = TrustedRunner if trusted else ConfinedRunner
     own = {**options, "revision": revision} if revision else options
-    return Replica(model, ProcessRunner(name, own), queue, news, limits)
+    return Replica(model, runner(name, own, limits), queue, news, limits)
 
 
 def _check(host: str, keys: Path | None, *, no_auth_on_loopback: bool, trusted: bool) -> None:
-    if not trusted:
-        raise ServeError(
-            "This server runs blocks in the process that holds the model, where they can do anything that you can: "
-            "start it with --trusted, for yourself alone."
-        )
     if (keys is None) != no_auth_on_loopback:
         raise ServeError("Give either --api-keys FILE or --no-auth-on-loopback.")
-    if not _is_loopback(host):
-        raise ServeError(f"--trusted is for this machine alone: {host} can be reached from others. Use --host 127.0.0.1.")
+    if (trusted or no_auth_on_loopback) and not _is_loopback(host):
+        option = "--trusted" if trusted else "--no-auth-on-loopback"
+        raise ServeError(f"{option} is for this machine alone: {host} can be reached from others. Use --host 127.0.0.1.")
+    lacking = [] if trusted else missing()
+    if lacking:
+        raise ServeError(
+            f"Other people's blocks cannot be confined on this machine, which lacks {'; '.join(lacking)}. With --trusted "
+            "blocks run in the process that holds the model, where they can do anything that you can."
+        )
 
 
 def _is_loopback(host: str) -> bool:

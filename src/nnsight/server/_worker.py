@@ -1,4 +1,4 @@
-"""The process that holds a model: `python -m nnsight.server._worker FD {"name": …, "options": …}`."""
+"""The process that holds a model: `python -m nnsight.server._worker FD {"name": …, "options": …, "trusted": …}`."""
 
 from __future__ import annotations
 
@@ -15,27 +15,43 @@ import msgspec
 
 from ..modeling import LanguageModel
 from ..protocol import Event
-from ..sandbox import execute, summary
-from ._pipe import ANSWER, EVENT, JOB, PROBLEM, READY, STOPPED, Pipe
+from ..sandbox import ANSWER, EVENT, JOB, PROBLEM, READY, STOPPED, Pipe, Zygote, execute, summary, warm
 
 _DIE_WITH_PARENT = 1
 
 
 def main(descriptor: str, command: str) -> int:
     """Load the model, and run jobs until the server is gone."""
-    pipe = Pipe(socket.socket(fileno=int(descriptor)))
+    end = socket.socket(fileno=int(descriptor))
+    pipe = Pipe(end)
     if sys.platform == "linux":
         ctypes.CDLL(None).prctl(_DIE_WITH_PARENT, signal.SIGKILL)
     given: dict[str, Any] = json.loads(command)
     try:
         model = LanguageModel(given["name"], dispatch=True, **given["options"])
         _ = model.tokenizer
+        if not given["trusted"]:
+            _prepare_to_fork(model)
     except Exception as error:
         pipe.send(PROBLEM, summary(error).encode())
         return 1
-    model._is_served = True
-    _serve(pipe, model)
+    if given["trusted"]:
+        _serve(pipe, model)
+    else:
+        pipe.send(READY)
+        Zygote(end, model).serve()
     return 0
+
+
+def _prepare_to_fork(model: LanguageModel) -> None:
+    if model.device is not None and model.device.type != "cpu":
+        raise RuntimeError(
+            f"the model is on {model.device.type}: a process that uses an accelerator cannot be forked, so blocks cannot "
+            "be confined there. Serve it on the CPU, or with --trusted for yourself alone."
+        )
+    warm(model)
+    if threading.active_count() > 1:
+        raise RuntimeError("loading the model has started threads, which a fork would leave behind")
 
 
 def _serve(pipe: Pipe, model: LanguageModel) -> None:

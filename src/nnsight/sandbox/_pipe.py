@@ -1,4 +1,4 @@
-"""Messages between a server and the process that holds a model: a kind, a length, bytes."""
+"""Messages between a server and the processes that run blocks: a kind, a length, bytes."""
 
 from __future__ import annotations
 
@@ -9,13 +9,15 @@ _START = struct.Struct("<cQ")
 _LARGEST = 2**40
 
 JOB, READY, EVENT, ANSWER, STOPPED, PROBLEM = b"J", b"R", b"E", b"A", b"S", b"P"
+FORK, BEGUN, KILL = b"F", b"B", b"K"  # between a server and a zygote
 
 
 class Pipe:
-    """One end of a socket pair."""
+    """One end of a socket pair; a message may have `largest` bytes, whatever the other end says."""
 
-    def __init__(self, end: socket.socket) -> None:
+    def __init__(self, end: socket.socket, largest: int = _LARGEST) -> None:
         self._end = end
+        self._largest = largest
 
     def send(self, kind: bytes, data: bytes = b"") -> None:
         """Send one message."""
@@ -29,8 +31,8 @@ class Pipe:
             EOFError: The other end is gone, or says what it cannot mean.
         """
         kind, size = _START.unpack(self._exactly(_START.size))
-        if size > _LARGEST:
-            raise EOFError("a message of an impossible size")
+        if size > self._largest:
+            raise EOFError(f"a message of {size} bytes, of at most {self._largest}")
         return kind, bytes(self._exactly(size))
 
     def _exactly(self, size: int) -> bytearray:
