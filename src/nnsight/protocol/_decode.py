@@ -31,7 +31,7 @@ from ._nodes import (
 )
 
 _PLAIN = (type(None), bool, int, float, str)
-_DEEPEST = 400
+_DEEPEST = 100
 
 
 class Lost:

@@ -33,7 +33,7 @@ from ._tensors import TensorWriter
 
 _PLAIN = (type(None), bool, float, str)
 _SHARED = (list, dict, set, OrderedDict)
-_DEEPEST = 200
+_DEEPEST = 64
 _UNWRITTEN = ListNode([])
 
 Extend = Callable[["Encoder", Any], "Node | None"]

@@ -15,7 +15,7 @@ from typing import Any
 import msgspec
 
 from .. import errors
-from ..errors import JobCancelledError, RemoteTimeoutError, ServerError
+from ..errors import JobCancelledError, NNsightError, RemoteTimeoutError, ServerError
 from ..protocol import ENDED, Event, JobState
 from . import _loop
 from ._progress import Progress
@@ -72,9 +72,9 @@ class RemoteJob:
             return self._outcome
         try:
             frame = self._future.result(timeout)
-        except (FutureTimeoutError, TimeoutError) as error:
-            if isinstance(error, RemoteTimeoutError) or self._future.done():
-                raise
+        except NNsightError as error:
+            raise error.with_traceback(None) from None
+        except (FutureTimeoutError, TimeoutError):
             raise RemoteTimeoutError(f"The job is still {self.status} after {timeout} seconds.") from None
         except CancelledError:
             raise JobCancelledError("The job was cancelled.") from None

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import signal
 import socket
 import subprocess
@@ -22,6 +23,9 @@ _GRACE = 1.0  # seconds that a block has to end when it is interrupted
 _LARGEST_EVENT = 4 * 2**20
 _CONTROL = 120.0  # seconds that a zygote may take to fork
 _event = msgspec.json.Decoder(Event)
+# What a model process is told of the environment: a forked block can read all of it.
+_NAMES = {"PATH", "HOME", "LANG", "TMPDIR", "PYTHONPATH", "LD_LIBRARY_PATH", "XDG_CACHE_HOME", "NNSIGHT_DEBUG"}
+_PREFIXES = ("LC_", "HF_HOME", "HF_HUB_", "HUGGINGFACE_HUB_CACHE", "TRANSFORMERS_", "OMP_", "MKL_", "CUDA_", "TORCH_")
 
 
 class ModelProcess:
@@ -45,7 +49,9 @@ class ModelProcess:
         ours, theirs = socket.socketpair()
         with theirs:
             command = [sys.executable, "-m", "nnsight.server._worker", str(theirs.fileno()), self._command]
-            self._process = subprocess.Popen(command, pass_fds=[theirs.fileno()], stdin=subprocess.DEVNULL)
+            self._process = subprocess.Popen(
+                command, pass_fds=[theirs.fileno()], stdin=subprocess.DEVNULL, env=_environment()
+            )
         self._socket = ours
         kind, data = self._receive(Pipe(ours, _LARGEST_EVENT))
         if kind != READY:
@@ -85,6 +91,11 @@ class ModelProcess:
                     raise DiedError(_SAID.get(kind, "the process says what it cannot mean"))
         except (msgspec.MsgspecError, OSError) as error:
             raise DiedError(f"the process says what it cannot mean ({error})") from error
+
+
+def _environment() -> dict[str, str]:
+    told = {name: value for name, value in os.environ.items() if name in _NAMES or name.startswith(_PREFIXES)}
+    return told | {"HF_HUB_DISABLE_PROGRESS_BARS": "1"}  # a bar starts a thread, which a fork would leave behind
 
 
 _SAID = {STOPPED: "the job was interrupted", PROBLEM: "the process could not be confined"}
