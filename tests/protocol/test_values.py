@@ -157,7 +157,10 @@ def test_a_field_that_cannot_travel_says_so_when_it_is_used():
     ("value", "message"),
     [
         ({"a": [1, open]}, r"`value\['a'\]\[1\]` cannot travel: it is a builtin_function_or_method"),
-        (torch.ones(2).to_sparse(), "`value` cannot travel: it is a tensor of dtype torch.float32 and layout torch.sparse_coo"),
+        (
+            torch.ones(2).to_sparse(),
+            "`value` cannot travel: it is a tensor of dtype torch.float32 and layout torch.sparse_coo",
+        ),
         (torch.ones(2, device="meta"), "on the meta device"),
     ],
 )

@@ -117,4 +117,3 @@ def _model_output(kind: str, parts: Any) -> Any:
 def is_model_output(kind: str) -> bool:
     """Whether the parts are fields, of which one may be missing."""
     return ":" in kind
-

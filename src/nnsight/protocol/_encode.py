@@ -91,7 +91,9 @@ class Encoder:
             found = self._extend(self, value)
             if found is not None:
                 return found
-        if kind in (torch.Tensor, torch.nn.Parameter) or (isinstance(value, torch.Tensor) and take_apart(value) is None):
+        if kind in (torch.Tensor, torch.nn.Parameter) or (
+            isinstance(value, torch.Tensor) and take_apart(value) is None
+        ):
             return self._tensor(value)
         if kind in _SHARED:
             return self.hold(value, self._contents)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+import itertools
 import linecache
 import os
 from collections.abc import Iterator
@@ -60,7 +61,9 @@ def _bound_plainly(block: Block) -> dict[str, int]:
 
 def _may_be_saved(value: ast.expr) -> bool:
     """Whether an expression saves something, or makes a container that saved values may go into."""
-    if isinstance(value, (ast.List, ast.Dict, ast.Set, ast.ListComp, ast.DictComp, ast.SetComp, ast.Name, ast.Constant)):
+    if isinstance(
+        value, (ast.List, ast.Dict, ast.Set, ast.ListComp, ast.DictComp, ast.SetComp, ast.Name, ast.Constant)
+    ):
         return True
     calls = [node for node in ast.walk(value) if isinstance(node, ast.Call)]
     if any(_called(call) in _SAVE or _called(call) == "cache" for call in calls):
@@ -88,7 +91,10 @@ def _bound_otherwise(block: Block) -> set[str]:
     for node in (part for statement in block.tree().body for part in _own_nodes(statement)):
         if isinstance(node, ast.Assign) and len(node.targets) == 1 and isinstance(node.targets[0], ast.Name):
             continue
-        targets = getattr(node, "targets", None) or [getattr(node, "target", None), getattr(node, "optional_vars", None)]
+        targets = getattr(node, "targets", None) or [
+            getattr(node, "target", None),
+            getattr(node, "optional_vars", None),
+        ]
         for target in filter(None, targets):
             names |= {part.id for part in ast.walk(target) if isinstance(part, ast.Name)}
     return names
@@ -115,7 +121,7 @@ def _statements_after(block: Block) -> list[ast.stmt] | None:
     if path is None:
         return None
     after: list[ast.stmt] = []
-    for parent, child in reversed(list(zip(path, path[1:], strict=False))):
+    for parent, child in reversed(list(itertools.pairwise(path))):
         after += _siblings_after(parent, child)
         if isinstance(parent, _SCOPES):
             break

@@ -55,7 +55,7 @@ def _make(cls: type[BaseException] | None, failure: Failure) -> BaseException:
             error = cls(*args)
             if str(error) == failure.text:
                 return error
-        except Exception:  # noqa: S112  a class whose constructor takes something else
+        except Exception:
             continue
     error = cls.__new__(cls, failure.text)
     BaseException.__init__(error, failure.text)

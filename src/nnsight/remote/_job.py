@@ -220,7 +220,9 @@ class JobWriter:
         """An object of the user's own class, or a module of PyTorch: its class and its attributes."""
         cls = type(value)
         own = not is_installed(cls.__module__)
-        if not (isinstance(value, Module) or own) or isinstance(value, (Mapping, Sequence, torch.Tensor, BaseException)):
+        if not (isinstance(value, Module) or own) or isinstance(
+            value, (Mapping, Sequence, torch.Tensor, BaseException)
+        ):
             return None
         if not hasattr(value, "__dict__") or any(vars(base).get("__slots__") for base in cls.__mro__[:-1]):
             return None

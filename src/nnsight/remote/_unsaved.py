@@ -42,6 +42,8 @@ def _refuse(self: NotSaved, *_args: Any) -> Any:
 
 
 _UNARY = "str bool len iter next call int float index complex abs neg pos invert hash format enter exit await"
-_BINARY = "getitem setitem contains eq ne lt le gt ge add sub mul matmul truediv floordiv mod pow and or xor lshift rshift"
+_BINARY = (
+    "getitem setitem contains eq ne lt le gt ge add sub mul matmul truediv floordiv mod pow and or xor lshift rshift"
+)
 for _name in (*_UNARY.split(), *_BINARY.split(), *(f"r{name}" for name in _BINARY.split()[9:])):
     setattr(NotSaved, f"__{_name}__", _refuse)

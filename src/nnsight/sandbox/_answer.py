@@ -10,7 +10,7 @@ import torch
 from .._capture import Block, Scope
 from ..errors import TravelError
 from ..modeling import take_apart
-from ..protocol import Answer, Change, EnvoyNode, Encoder, GivenNode, Node
+from ..protocol import Answer, Change, Encoder, GivenNode, Node
 
 _ABSENT: Any = object()
 _SMALL = (type(None), bool, int, float, complex, str, bytes, torch.Size, torch.dtype, torch.device)

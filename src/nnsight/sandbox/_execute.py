@@ -107,7 +107,9 @@ def _renamed(served: NNsight, rename: dict[str, str]) -> NNsight:
 
 
 def _printer(emit: Emit) -> Callable[..., None]:
-    def show(*values: Any, sep: str | None = " ", end: str | None = "\n", file: Any = None, flush: bool = False) -> None:
+    def show(
+        *values: Any, sep: str | None = " ", end: str | None = "\n", file: Any = None, flush: bool = False
+    ) -> None:
         if file is not None and file is not sys.stdout:
             print(*values, sep=sep, end=end, file=file, flush=flush)
             return

@@ -114,4 +114,3 @@ def _try_confining() -> str | None:
         problem = answer.read().decode(errors="replace")
     status = os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
     return problem or (None if status == 0 else f"confinement (the attempt ended with {status})")
-

@@ -94,7 +94,9 @@ def _check(host: str, keys: Path | None, *, no_auth_on_loopback: bool, trusted: 
         raise ServeError("Give either --api-keys FILE or --no-auth-on-loopback.")
     if (trusted or no_auth_on_loopback) and not _is_loopback(host):
         option = "--trusted" if trusted else "--no-auth-on-loopback"
-        raise ServeError(f"{option} is for this machine alone: {host} can be reached from others. Use --host 127.0.0.1.")
+        raise ServeError(
+            f"{option} is for this machine alone: {host} can be reached from others. Use --host 127.0.0.1."
+        )
     lacking = [] if trusted else missing()
     if lacking:
         raise ServeError(
@@ -114,7 +116,7 @@ def _default_folder() -> Path:
     return Path(os.environ.get("XDG_STATE_HOME") or Path.home() / ".local" / "state") / "nnsight" / "server"
 
 
-class _only_server_in:  # noqa: N801
+class _only_server_in:
     """Two servers on one queue would each take the other's jobs for lost."""
 
     def __init__(self, folder: Path) -> None:
