@@ -12,6 +12,7 @@ from ._aliases import show_as as show_as
 from ._aliases import source_of_gradient as source_of_gradient
 from ._coroutine import current_pass as current_pass
 from ._fakes import Fakes as Fakes
+from ._frames import Line as Line
 from ._frames import describe_line as describe_line
 from ._frames import trim as trim
 from ._frames import user_frame as user_frame
@@ -41,3 +42,4 @@ from ._visit import Visit as Visit
 from ._worker import Worker as Worker
 from ._worker import active as active
 from ._worker import find_worker as find_worker
+from ._worker import worker_of as worker_of

@@ -274,7 +274,7 @@ class Run:
         finally:
             worker.condition = None
         if not condition():
-            raise WaitError(f"{worker.label} waits for {what()}: that cannot come any more.")
+            raise WaitError(f"{worker.label} waits for what cannot come any more: {what()}")
 
     def record(self, recording: Recording) -> None:
         """Tell recorders about every call of their places from now on."""
