@@ -23,6 +23,7 @@ from ._layouts import Probe as Probe
 from ._modes import capture_modes as capture_modes
 from ._modes import switch_modes as switch_modes
 from ._order import path_of as path_of
+from ._pass import OTHER_THREAD as OTHER_THREAD
 from ._pass import Override as Override
 from ._rows import Rows as Rows
 from ._run import Call as Call

@@ -141,15 +141,14 @@ class Run:
         if self.over:
             return
         self.over = True
-        for worker in self.workers:
-            worker.close()
-        if self._replay is not None:
-            self._replay.close()
-            self._replay = None
-        if self.main is not None:
-            self.main.close()
-            self.instruments.remove()
-            self.main = None
+        try:
+            for running in (*self.workers, self._replay, self.main):
+                if running is not None:
+                    running.close()
+        finally:
+            if self.main is not None:
+                self.instruments.remove()
+            self.main = self._replay = None
         self.recordings.close()
         self.call = self._prepare = self._failure = None
         self.overrides.clear()

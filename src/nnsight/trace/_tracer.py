@@ -5,13 +5,27 @@ from __future__ import annotations
 import os
 import sys
 from collections.abc import Sequence
+from threading import get_ident
 from types import TracebackType
 from typing import TYPE_CHECKING, Any
 
 import torch
 
 from .._capture import Block, Scope
-from .._core import OUTPUT, RESULT, Call, Line, Rows, Run, Worker, describe_line, trim, user_line, worker_of
+from .._core import (
+    OTHER_THREAD,
+    OUTPUT,
+    RESULT,
+    Call,
+    Line,
+    Rows,
+    Run,
+    Worker,
+    describe_line,
+    trim,
+    user_line,
+    worker_of,
+)
 from ..errors import InputError, NotTracingError
 from ._barrier import Barrier
 from ._cache import Cache, Modules, record_cache
@@ -62,6 +76,7 @@ class Tracer:
         self._owners: list[Worker] = []
         self._unentered: list[tuple[Invoke, Line | None]] = []
         self._flow: Dataflow | None = None
+        self._thread = 0
 
     def __enter__(self) -> Tracer:
         if self._prepare is None or self._run is not None:
@@ -74,6 +89,7 @@ class Tracer:
         run.add(worker)
         if self._given:
             self._owners.append(worker)
+        self._thread = get_ident()
         worker.enter(sys._getframe(1))
         worker.tracer = self
         return self
@@ -127,6 +143,8 @@ class Tracer:
 
     def _make_call(self) -> Call:
         assert self._prepare is not None
+        if self._thread != get_ident():
+            raise NotTracingError(OTHER_THREAD)
         call, sizes = self._prepare(self._given)
         if len(self._owners) > 1:
             start, total = 0, sum(sizes)
