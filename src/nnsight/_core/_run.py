@@ -148,15 +148,14 @@ class Run:
         if self.over:
             return
         self.over = True
-        for worker in self.workers:
-            worker.close()
-        if self._replay is not None:
-            self._replay.close()
-            self._replay = None
-        if self.main is not None:
-            self.main.close()
-            self.instruments.remove()
-            self.main = None
+        try:
+            for running in (*self.workers, self._replay, self.main):
+                if running is not None:
+                    running.close()
+        finally:
+            if self.main is not None:
+                self.instruments.remove()
+            self.main = self._replay = None
         self.recordings.close()
         self.call = self._prepare = self._failure = None
         self.overrides.clear()
@@ -280,7 +279,7 @@ class Run:
         finally:
             worker.condition = None
         if not condition():
-            raise WaitError(f"{worker.label} waits for {what()}: that cannot come any more.")
+            raise WaitError(f"{worker.label} waits for what cannot come any more: {what()}")
 
     def record(self, recording: Recording) -> None:
         """Tell recorders about every call of their places from now on."""
