@@ -13,7 +13,7 @@ from nnsight.names import Attention, Family, family, register
 from nnsight.names import _registry as registry
 from nnsight.names import _vocabulary as vocabulary
 
-from .cases import BY_NAME, build, close
+from .cases import BY_NAME, FAMILIES, build, close
 
 IDS = torch.tensor([[5, 6, 7, 8, 9, 10]])
 
@@ -145,6 +145,14 @@ def test_registered_family_is_served() -> None:
 def test_register_takes_rows_only() -> None:
     with pytest.raises(TypeError, match="register"):
         register("x", "layers")
+
+
+@pytest.mark.parametrize("name", FAMILIES)
+def test_every_family_holds(name: str) -> None:
+    model = NNsight(zoo.build(FAMILIES[name]))
+    model.names.check()
+    if name not in ("llava", "qwen2_vl"):  # an image takes the place of some tokens' embeddings
+        model.names.check(**zoo.inputs(FAMILIES[name]))
 
 
 class TestOnce:

@@ -70,7 +70,7 @@ class _Check:
         self._worker = worker
         self._failures = failures
         self._numbers = numbers
-        self._positions: int | None = None
+        self._sizes: dict[str, int] = {}
         self._identities = Identities(stack, self._fail)
 
     def all(self) -> None:
@@ -195,11 +195,10 @@ class _Check:
             self._fail([name], f"its shape was {list(shape)}, not {list(axes)}")
             return
         sizes = dict(zip(axes, shape, strict=True))
-        expected = {"batch": 1}
         if name == "resid_pre":
-            self._positions = sizes["pos"]
-        elif self._positions is not None and not name.startswith("cross_head"):
-            expected |= {axis: self._positions for axis in ("pos", "query", "key") if axis in sizes}
+            self._sizes = {**dict.fromkeys(("pos", "query", "key"), sizes["pos"]), "batch": sizes["batch"]}
+        of_encoder = ("pos", "key") if name.startswith("cross_head") else ()
+        expected = {axis: size for axis, size in self._sizes.items() if axis not in of_encoder}
         wrong = [axis for axis, size in expected.items() if sizes.get(axis, size) != size]
         if wrong:
             self._fail([name], f"its shape was {list(shape)}, where {wrong[0]} is {expected[wrong[0]]}")
