@@ -150,7 +150,7 @@ def test_gradients_stay_in_their_rows(family: Family) -> None:
 
 
 def first_tensor(value: Any) -> torch.Tensor:
-    return value if type(value) is torch.Tensor else value[0]
+    return value[0] if isinstance(value, tuple) else value
 
 
 def own_loss(family: Family, head: torch.Tensor, single: dict[str, torch.Tensor]) -> torch.Tensor:

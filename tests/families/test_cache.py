@@ -32,12 +32,10 @@ def test_every_call_of_every_module(family: Family) -> None:
             )  # no copies of caches
 
 
-@shows("cache")
+@shows("cache", only=lambda family: family.takes_text)
 @torch.no_grad()
 def test_of_an_invoke(family: Family) -> None:
     """Each invoke's cache holds its own rows, or says that they cannot be told apart."""
-    if not family.takes_text:
-        return
     net = build(family)
     some = prompts((5, 11))
     model = wrap(family, net)
