@@ -94,7 +94,12 @@ def ablate(
 
 
 def _make_replace(
-    mode: Mode | torch.Tensor, values: dict[Any, torch.Tensor], rows: Prompts, others: Prompts, runner: Runner, seed: int
+    mode: Mode | torch.Tensor,
+    values: dict[Any, torch.Tensor],
+    rows: Prompts,
+    others: Prompts,
+    runner: Runner,
+    seed: int,
 ) -> Replace:
     """What stands in the place of a part."""
     if isinstance(mode, torch.Tensor):

@@ -175,6 +175,10 @@ def _neurons(runner: Runner, site: Any, direction: torch.Tensor) -> torch.Tensor
 
     found, with_neurons = read(1.0)
     _, without = read(0.0)
-    if not torch.allclose(found.sum(-1), with_neurons - without, rtol=1e-3, atol=1e-3 * float(with_neurons.abs().max() + 1)):
-        raise errors.InputError(f"{output.name} of this model is no linear map of its neurons (a norm stands behind them).")
+    if not torch.allclose(
+        found.sum(-1), with_neurons - without, rtol=1e-3, atol=1e-3 * float(with_neurons.abs().max() + 1)
+    ):
+        raise errors.InputError(
+            f"{output.name} of this model is no linear map of its neurons (a norm stands behind them)."
+        )
     return found

@@ -80,9 +80,7 @@ class Budget:
         """Give back what `hold` took."""
         self.left += sum(tensor.numel() * tensor.element_size() for tensor in tensors)
 
-    def measure(
-        self, work: Sequence[Item], run: Callable[[Sequence[Item]], Found], unit: int = 1
-    ) -> list[Found]:
+    def measure(self, work: Sequence[Item], run: Callable[[Sequence[Item]], Found], unit: int = 1) -> list[Found]:
         """As `run`, of plain runs; the first unit is run alone, and tells how much memory a row of later runs needs.
 
         Raises:

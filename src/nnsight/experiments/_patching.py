@@ -95,7 +95,9 @@ def activation_patching(
 def axes_of(over: Over) -> list[str]:
     axes = [over] if isinstance(over, str) else list(over)
     if "layer" not in axes or len(set(axes)) != len(axes):
-        raise errors.InputError(f"over names 'layer', and further axes once each, as in ('layer', 'pos'); not {over!r}.")
+        raise errors.InputError(
+            f"over names 'layer', and further axes once each, as in ('layer', 'pos'); not {over!r}."
+        )
     axes.remove("layer")
     return axes
 

@@ -75,10 +75,7 @@ def encode(model: LanguageModel, value: Any) -> Prompts:
     if not rows or not all(len(row) for row in rows):
         raise errors.InputError("An experiment needs prompts, with at least one token each.")
     tokenizer = _tokenizer(model)
-    tokens = [
-        [str(int(i)) if tokenizer is None else tokenizer.decode([int(i)]) for i in row]
-        for row in rows
-    ]
+    tokens = [[str(int(i)) if tokenizer is None else tokenizer.decode([int(i)]) for i in row] for row in rows]
     return Prompts(rows, tokens, single)
 
 

@@ -233,7 +233,9 @@ class Result:
 
         table = self.mean(PAIR) if PAIR in self.axes else self
         if len(table.axes) > 2:
-            raise errors.InputError(f"A figure has two axes, not {_describe(table.axes)}: choose with result.select(...).")
+            raise errors.InputError(
+                f"A figure has two axes, not {_describe(table.axes)}: choose with result.select(...)."
+            )
         rows, columns = table._table_labels()
         values = table.values.reshape(len(rows), len(columns))
         return plots.heatmap(

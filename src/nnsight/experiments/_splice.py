@@ -99,11 +99,15 @@ def splice(
         InputError: `dictionary` is none, or `source` comes after `site`.
     """
     if not (callable(getattr(dictionary, "encode", None)) and callable(getattr(dictionary, "decode", None))):
-        raise errors.InputError(f"A dictionary has encode(value) and decode(features); {type(dictionary).__name__} has not.")
+        raise errors.InputError(
+            f"A dictionary has encode(value) and decode(features); {type(dictionary).__name__} has not."
+        )
     into = model.site(site, layer)
     given = into if source is None else model.site(source, layer)
     if into < given:
-        raise errors.InputError(f"{given!r} comes after {into!r}: the dictionary cannot be given what is not there yet.")
+        raise errors.InputError(
+            f"{given!r} comes after {into!r}: the dictionary cannot be given what is not there yet."
+        )
     spliced = Spliced()
     with model.edit() as edited:
         value = given.read()
