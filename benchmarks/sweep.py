@@ -170,7 +170,9 @@ def report(times, apart, memory, budget, people):
         shown = "unknown" if used is None else f"{used / 1e6:.0f} MB"
         met = "met" if apart[axis] <= TOLERANCE and fits else "missed"
         print(f"{name:<34}{apart[axis]:>20.1e}{shown:>12}{f'{budget / 1e6:.0f} MB':>12}{met:>8}")
-    print(f"\nMedian of the rounds. The goals: {GOAL} times faster, numbers within {TOLERANCE}, memory within the budget.")
+    print(
+        f"\nMedian of the rounds. The goals: {GOAL} times faster, numbers within {TOLERANCE}, memory within the budget."
+    )
 
 
 def main():

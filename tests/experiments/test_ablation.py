@@ -48,10 +48,22 @@ def test_mean(model, plain, pairs, diff, given):
     reference = pairs[1] if given else pairs[0]
     means = [value.mean((0, 1)) for value in values_of(plain, reference, "mlp_out")]
     expected = by_hooks(
-        plain, pairs[0], diff, "mlp_out", lambda layer, value: means[layer].expand(value.shape), [(p,) for p in range(6)]
+        plain,
+        pairs[0],
+        diff,
+        "mlp_out",
+        lambda layer, value: means[layer].expand(value.shape),
+        [(p,) for p in range(6)],
     )
     found = ablate(
-        model, pairs[0], METRIC, "mlp_out", ("layer", "pos"), "mean", reference=reference if given else None, progress=False
+        model,
+        pairs[0],
+        METRIC,
+        "mlp_out",
+        ("layer", "pos"),
+        "mean",
+        reference=reference if given else None,
+        progress=False,
     )
     torch.testing.assert_close(found.values, expected, rtol=1e-4, atol=1e-4)
 
@@ -61,7 +73,9 @@ def test_mean_leaves_padding_out(model, plain, pairs):
     values = torch.cat([values_of(plain, ids[None], "mlp_out")[1][0] for ids in prompts])
     with torch.no_grad():
         logits = plain(pairs[1, :1], {("mlp_out", 1): lambda value: values.mean(0).expand(value.shape)})
-    found = ablate(model, pairs[1, 0], METRIC, "mlp_out", "layer", "mean", reference=prompts, layers=[1], progress=False)
+    found = ablate(
+        model, pairs[1, 0], METRIC, "mlp_out", "layer", "mean", reference=prompts, layers=[1], progress=False
+    )
     torch.testing.assert_close(found.values[0], (logits[:, -1, 5] - logits[:, -1, 7])[0], rtol=1e-4, atol=1e-4)
 
 

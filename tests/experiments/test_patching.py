@@ -147,7 +147,9 @@ def test_kl_compares_with_the_clean_run(model, plain, pairs):
         def patch(value):
             return torch.cat([value[:, :5], source[:, 5:]], 1)
 
-        expected = (reference.exp() * (reference - plain(clean, {("resid_pre", 2): patch})[:, -1].log_softmax(-1))).sum(-1)
+        expected = (reference.exp() * (reference - plain(clean, {("resid_pre", 2): patch})[:, -1].log_softmax(-1))).sum(
+            -1
+        )
     torch.testing.assert_close(found.values[:, 0, 5], expected, rtol=1e-4, atol=1e-5)
 
 

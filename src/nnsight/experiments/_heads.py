@@ -69,9 +69,8 @@ def detect_heads(
     for site in sites:  # one layer at a time: patterns are large
         pattern = runner.read(site)
         scores.append(pattern[:, :, queries, queries - back].float().mean((0, 2)))
-        heads = pattern.shape[1]
     uniform = (1 / (queries + 1)).mean()
-    axes: dict[str, Any] = {"layer": tuple(site.layer for site in sites), "head": tuple(range(heads))}
+    axes: dict[str, Any] = {"layer": tuple(site.layer for site in sites), "head": tuple(range(len(scores[0])))}
     return Result(torch.stack(scores), axes, {"uniform": uniform}, "attention", f"{kind.replace('_', ' ')} heads")
 
 

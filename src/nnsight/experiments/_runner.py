@@ -193,8 +193,7 @@ class Runner:
         with self.model.trace(self.prompts.inputs(prompts), **self.options):
             self._start_at(layer, prompts)
             act()
-            output = self.model.output.save()
-        return output
+            return self.model.output.save()
 
     def _run_layers(self, prompts: Sequence[int], layer: int, act: Act) -> torch.Tensor:
         """What leaves the last layer `[row, pos, d_model]`, at the positions that the metric looks at."""
@@ -225,8 +224,7 @@ class Runner:
         with self.model.trace(ids, **self.options):
             for layer in range(self.layers):
                 self.model.layers[layer].skip(finals)
-            output = self.model.output.save()
-        return output
+            return self.model.output.save()
 
     def _cut(self, value: torch.Tensor) -> torch.Tensor:
         return value if self.scorer.keep is None else value[:, -self.scorer.keep :]
