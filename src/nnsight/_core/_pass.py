@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
@@ -390,9 +391,12 @@ class Pass:
         return self.counts.get(place, 0) - self.running.count(place)
 
     def arguments_of(self, place: Any) -> tuple[tuple[Any, ...], dict[str, Any]] | None:
-        """What the call of `place` that runs now was given: looked for on the stack, so that calls pay nothing for it."""
-        frame = self._coroutine.gr_frame if self._coroutine is not None else None
-        while frame is not None:
+        """What the call of `place` that runs now was given.
+
+        Asked in the model's own code; it is looked for on the stack, so that calls pay nothing for it.
+        """
+        frame = sys._getframe(1)
+        while frame is not None and frame.f_code is not _MAIN:
             if frame.f_code is _CALL and frame.f_locals["place"] is place:
                 return frame.f_locals["args"], frame.f_locals["kwargs"]
             frame = frame.f_back
@@ -432,7 +436,7 @@ class Pass:
             self._instruments.watch_always(odd)
 
 
-_CALL = Pass.call.__code__
+_CALL, _MAIN = Pass.call.__code__, Pass._main.__code__
 
 
 def _nothing(*_: Any) -> None:

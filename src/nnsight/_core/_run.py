@@ -195,8 +195,8 @@ class Run:
                 return visit
         return self._late(request, worker, write)
 
-    def read(self, worker: Worker, place: Any, kind: str, path: str, *, held: bool = False) -> tuple[Visit, Any]:
-        """The value at a place, with the visit it belongs to; the model has a `held` one in use elsewhere too."""
+    def read(self, worker: Worker, place: Any, kind: str, path: str) -> tuple[Visit, Any]:
+        """The value at a place, with the visit it belongs to."""
         if self.lone and kind == OUTPUT and not place._modules:
             main = self.main or self.start()
             hooked = place._forward_hooks or _global_forward_hooks
@@ -210,7 +210,7 @@ class Run:
         visit = self.reach(worker, place, kind, path)
         value = visit.value if visit.kind == kind else visit.inputs
         if worker.rows is not None:
-            value = self._scoped(visit, kind, value, worker.rows, held=held, path=path).give(worker, path)
+            value = self._scoped(visit, kind, value, worker.rows).give(worker, path)
         if self.main is None or (visit is not self.main.here and visit.place not in self.main.final):
             value = map_tensors(torch.Tensor.detach, value)
             self.edits.note_late_read(f"{path}.{kind}", value)
@@ -279,11 +279,6 @@ class Run:
         assert self.main is not None
         visit = Visit(place, kind, value, index, max(self.main.step, 0), self.main.call_in_step(place, index))
         return take(value, self._layout(visit, kind, value, worker.rows.total), worker.rows, path)
-
-    def arguments_of(self, visit: Visit, place: Any) -> tuple[tuple[Any, ...], dict[str, Any]] | None:
-        """What the call of `place` around a visit was given, while the model stands there."""
-        source = self.main if self.main is not None and visit is self.main.here else self._replay
-        return source.arguments_of(place) if source is not None else None
 
     def fail(self, error: BaseException) -> None:
         """Called by a deferred worker whose code raised: the run ends with this error."""
@@ -400,23 +395,20 @@ class Run:
             while worker.request is None and worker.is_ready():
                 self._let_run(worker)
 
-    def _scoped(self, visit: Visit, kind: str, value: Any, rows: Rows, *, held: bool = False, path: str = "") -> Scoped:
-        if visit.scoped is None:
-            visit.scoped = {}
-        scoped = visit.scoped.get(kind)
+    def _scoped(self, visit: Visit, kind: str, value: Any, rows: Rows) -> Scoped:
+        scoped = visit.scoped
         if scoped is None:
-            scoped = visit.scoped[kind] = Scoped(value, self._layout(visit, kind, value, rows.total))
-        scoped.value = value
-        if held and visit.kind == kind:
-            scoped.hold(path)
-            visit.value = scoped.value
-        return scoped
+            scoped = visit.scoped = {}
+        if kind not in scoped:
+            scoped[kind] = Scoped(value, self._layout(visit, kind, value, rows.total))
+        scoped[kind].value = value
+        return scoped[kind]
 
     def _layout(self, visit: Visit, kind: str, value: Any, total: int) -> Layout:
         call = self.call
         assert call is not None
         place = visit.place
-        known = place.__class__ is OperationPlace and place.batch_first
+        known = place.__class__ is OperationPlace and place.shown
         if known or place in call.batch_first or call.probe is None:
             return dict.fromkeys(leaves_of(value), 0)
         owner = self if call.fake else self.instruments
@@ -435,8 +427,6 @@ class Run:
             self._failure = error
             self.main.pause()  # type: ignore[union-attr]
         visit.written = visit.written or scoped.written
-        if scoped.held and visit.given:
-            visit.given = [(tensor, [(tensor, version)], visit.given[0][2]) for tensor, version in scoped.held]
 
     def _missed(self) -> None:
         """In the model's coroutine: wake whoever waits for something that has passed."""

@@ -9,7 +9,7 @@ import torch
 from ..errors import RowsError
 from ._leaves import leaves_of
 from ._rows import SHARED, Layout, Rows, join_views, put, take
-from ._tensors import map_tensors, tensors_in
+from ._tensors import tensors_in
 
 if TYPE_CHECKING:
     from ._worker import Worker
@@ -24,29 +24,15 @@ class _View(NamedTuple):
 
 
 class Scoped:
-    """The value of the whole batch, its layout, and the views that were given of it.
+    """The value of the whole batch, its layout, and the views that were given of it."""
 
-    `held` are the model's own tensors where it uses them elsewhere too: then `value` is a copy for the blocks, whose
-    numbers and gradients the held tensors take over when the model goes on.
-    """
-
-    __slots__ = ("_layout", "_views", "held", "value", "written")
+    __slots__ = ("_layout", "_views", "value", "written")
 
     def __init__(self, value: Any, layout: Layout) -> None:
         self.value = value
         self.written = False
-        self.held: list[tuple[torch.Tensor, int]] = []
         self._layout = layout
         self._views: dict[Worker, _View] = {}
-
-    def hold(self, path: str) -> None:
-        """Keep the tensors, whose gradients reach the model by more than one way."""
-        if self.held or not any(tensor.requires_grad for tensor in tensors_in(self.value)):
-            return
-        if self._views:
-            raise RowsError(_HELD.format(path=path))
-        self.held = [(tensor, tensor._version) for tensor in tensors_in(self.value)]
-        self.value = map_tensors(torch.clone, self.value)
 
     def give(self, worker: Worker, path: str) -> Any:
         """The rows of `worker`; the same views each time while the model stands here."""
@@ -60,8 +46,6 @@ class Scoped:
 
     def merge(self, worker: Worker, new: Any, path: str) -> Any:
         """The whole value with `new` in the rows of `worker`."""
-        if self.held:
-            raise RowsError(_HELD.format(path=path))
         known = self._views.pop(worker, None)
         return put(self.value, self._layout, worker.rows, known.leaves if known else {}, new, path)
 
@@ -78,20 +62,12 @@ class Scoped:
         if any(tensor.requires_grad for tensor in tensors_in(value)) and not self.written:
             views = [(view.rows, view.seen) for view in self._views.values()]
             value = join_views(value, self._layout, views, "") if views else value
-        return self._release(value) if self.held else value
-
-    def _release(self, value: Any) -> Any:
-        held = iter([tensor.copy_(now) for (tensor, _), now in zip(self.held, tensors_in(value), strict=True)])
-        return map_tensors(lambda _: next(held), value)
+        return value
 
 
 def _version(tensor: torch.Tensor) -> int:
     return 0 if tensor.is_inference() else tensor._version
 
-
-_HELD = """\
-{path} is used by one invoke as a module's input, and by another as the stream that goes on beside that module: with \
-gradients they cannot be told apart. Use the same name in both."""
 
 _SHARED = """\
 A tensor at {path} was changed in place by one invoke, but it is shared by all rows of the batch. Change it in \
