@@ -107,15 +107,9 @@ class Run:
             call = self._make_call()
             self.edits.begin(call)
             self.instruments.install()
+            begin = None if self.lone else self._begin
             self.main = Pass(
-                call,
-                self.instruments,
-                self.stepper,
-                self.modes,
-                self.overrides,
-                self._serve,
-                self._missed,
-                None if self.lone else self._begin,
+                call, self.instruments, self.stepper, self.modes, self.overrides, self._serve, self._missed, begin
             )
             self.main.hand_on = self.edits.leave
             if call.repeatable and not self.strict:
