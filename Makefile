@@ -59,7 +59,7 @@ $(VENV)/.demo: $(VENV)/.python pyproject.toml constraints.txt
 	@touch $@
 
 $(VENV)/.dev: $(VENV)/.python pyproject.toml constraints.txt
-	$(call install,dev$(comma)plots)
+	$(call install,dev$(comma)plots$(comma)server)
 	@touch $(VENV)/.demo $@
 
 # The pins are of releases for Python 3.11 and newer; 3.10 takes the newest releases it has.

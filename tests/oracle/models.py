@@ -254,6 +254,7 @@ class Site:
     differentiable: bool  # something before it has parameters
     fresh: bool  # a module has just made this tensor, so that only what follows here has it
     memory: int  # places with the same number have the same tensor, or views of it
+    made_of: frozenset[int]  # memories whose gradients come through this one
 
     @property
     def event(self) -> tuple[str, str]:
@@ -326,6 +327,7 @@ def _events(name: str) -> dict[tuple[str, str], int]:
 def _sites(name: str) -> tuple[Site, ...]:
     found, met = [], []
     numbers: dict[int, int] = {}
+    nodes: list[tuple[int, Any]] = []
     for order, ((path, kind), value) in enumerate(_observe(name).items()):
         tensors = _items(value)
         storages = {tensor.untyped_storage().data_ptr() for _, tensor in tensors}
@@ -337,7 +339,11 @@ def _sites(name: str) -> tuple[Site, ...]:
             if layout is not None:
                 memory = numbers.setdefault(tensor.untyped_storage().data_ptr(), len(numbers))
                 needs_grad = tensor.requires_grad
-                found.append(Site(path, kind, item, layout, tensor.shape[-1], order, safe, needs_grad, fresh, memory))
+                made_of = frozenset(m for m, node in nodes if needs_grad and node in ancestors(tensor.grad_fn))
+                nodes.append((memory, tensor.grad_fn))
+                found.append(
+                    Site(path, kind, item, layout, tensor.shape[-1], order, safe, needs_grad, fresh, memory, made_of)
+                )
     return tuple(found)
 
 
@@ -359,6 +365,17 @@ def _observe(name: str) -> dict[tuple[str, str], Any]:
     for handle in handles:
         handle.remove()
     return values
+
+
+def ancestors(node: Any) -> set[Any]:
+    """The nodes of autograd's graph that backward comes to from `node`, itself among them."""
+    seen, stack = set(), [node]
+    while stack:
+        node = stack.pop()
+        if node is not None and node not in seen:
+            seen.add(node)
+            stack += [following for following, _ in node.next_functions]
+    return seen
 
 
 def _items(value: Any) -> list[tuple[tuple[int, ...], torch.Tensor]]:

@@ -342,7 +342,7 @@ class _Drawing:
         loss = self.loss_site() if taking else None
         if loss is not None:
             before = [s for s in self.sites if s.order < loss.order and self.may_capture(s, owner)]
-            capturing = sorted({self.pick(before) for _ in range(2)}, key=lambda s: s.order)
+            capturing = self.draw_captures(before)
             picked = sorted([*picked, *capturing], key=lambda s: s.order)
         for site in picked:
             if capturing and site in capturing:
@@ -363,8 +363,7 @@ class _Drawing:
                 if passed:
                     done.append(Action(self.next_number(), "late", self.pick(passed)))
         if loss is not None:
-            captured = sorted((a for a in done if a.do == "capture"), key=lambda a: (a.site.memory, a.site.order))
-            names = [a.bind for a in reversed(captured)]  # the reverse order in which they were made
+            names = [a.bind for a in reversed(done) if a.do == "capture"]
             scales = [self.pick((None, None, *SCALES)) for _ in names]
             form = self.pick(("retain", "block"))
             grads = tuple((name, scale if form == "block" else None) for name, scale in zip(names, scales, strict=True))
@@ -419,6 +418,12 @@ class _Drawing:
             return [*found, "inplace"] if site.safe and site.fresh and not self.captured else found
         return [*found, "inplace", "column", *(["last"] if site.layout in (SEQ, TIME) else [])]
 
+    def draw_captures(self, sites: list[Site]) -> list[Site]:
+        """One, or two of which the second is made of the first: gradients come in the reverse order."""
+        first = self.pick(sites)
+        second = [s for s in sites if s.order > first.order and first.memory in s.made_of]
+        return [first, self.pick(second)] if second and self.chance(2) else [first]
+
     def may_capture(self, site: Site, owner: int | None) -> bool:
         """Where an invoke has assigned, the whole batch's tensor is a new one: what else holds the old one has a part."""
         new = any(o is not None and s.memory == site.memory for s, o in self.assigned) and len(self.inputs) > 1
@@ -450,8 +455,9 @@ class _Drawing:
             own = at == index
             if own and bound_in is None and action not in done:
                 continue
-            if self.mixes_rows and not (own and action.full):
-                continue
+            whole = owner is None and len(self.inputs) > 1 and bool(self.with_gradients)
+            if (self.mixes_rows or whole) and not (own and action.full):
+                continue  # losses would have gradients in the rows of others
             if self.family.gradients and not own and self.owners[at] is None:
                 continue  # what the whole batch gave does not come from an invoke's own part of it
             if not own and not self.passes_on(action.site, bound_in, site, step):

@@ -133,6 +133,7 @@ class Instruments:
         self.first_calls: dict[Module, int] = {}
         self.layouts: Layouts | None = None
         self.structure = object()  # another one once a module is exchanged
+        self._tree: list[tuple[Module, tuple[Module | None, ...]]] = []
 
     @classmethod
     def of(cls, root: Module) -> Instruments:
@@ -267,9 +268,10 @@ class Instruments:
         here = {c.module for c in self._containers}
         self._always += [Container(m) for m in self._eager - here]
         self._members_of = [c.module._modules for c in self._containers]
-        children = [tuple(members.values()) for members in self._members_of]
-        if children != self._children:
-            self._children, self.structure = children, object()
+        self._children = [tuple(members.values()) for members in self._members_of]
+        tree = [(c.module, below) for c, below in zip(self._containers, self._children, strict=True)]
+        if tree != self._tree:
+            self._tree, self.structure = tree, object()
         self._parents = {}
         self._members = frozenset()
         self._shared = None

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
@@ -9,6 +10,7 @@ from greenlet import GreenletExit, getcurrent, greenlet
 from torch.nn import Module
 from torch.nn.modules.module import _global_forward_hooks
 
+from ..errors import NotTracingError
 from ._coroutine import Coroutine, borrow, give_back
 from ._instrument import REPLACEMENT_CODE
 from ._modes import Modes, capture_modes, end_loan, is_inference, lend_inference, switch_modes
@@ -84,6 +86,8 @@ class Pass:
             coroutine.serves = self
         here = getcurrent()
         if self._driver is not here:
+            if not coroutine.is_here():
+                raise NotTracingError(OTHER_THREAD)
             self._driver = coroutine.parent = here
         body, model = capture_modes(), self._modes
         if body is not model:
@@ -387,9 +391,12 @@ class Pass:
         return self.counts.get(place, 0) - self.running.count(place)
 
     def arguments_of(self, place: Any) -> tuple[tuple[Any, ...], dict[str, Any]] | None:
-        """What the call of `place` that runs now was given: looked for on the stack, so that calls pay nothing for it."""
-        frame = self._coroutine.gr_frame if self._coroutine is not None else None
-        while frame is not None:
+        """What the call of `place` that runs now was given.
+
+        Asked in the model's own code; it is looked for on the stack, so that calls pay nothing for it.
+        """
+        frame = sys._getframe(1)
+        while frame is not None and frame.f_code is not _MAIN:
             name = _CALLS.get(frame.f_code)
             if name is not None and frame.f_locals[name] is place:
                 return frame.f_locals["args"], frame.f_locals["kwargs"]
@@ -431,7 +438,13 @@ class Pass:
 
 
 _CALLS = {Pass.call.__code__: "place", REPLACEMENT_CODE: "module"}  # what their variable for the place is called
+_MAIN = Pass._main.__code__
 
 
 def _nothing(*_: Any) -> None:
     return None
+
+
+OTHER_THREAD = """\
+A value was asked for in another thread than the one that opened the trace, and a model cannot go on in two of them. \
+Read values in the thread of the `with` block and hand the values to others, or open a trace of its own in each thread."""

@@ -43,10 +43,6 @@ class Replay:
             warn_late(self._run, request)
         return found
 
-    def arguments_of(self, place: Any) -> tuple[tuple[Any, ...], dict[str, Any]] | None:
-        """As `Pass.arguments_of`, in the second pass."""
-        return self._pass.arguments_of(place) if self._pass is not None else None
-
     def close(self) -> None:
         """Unwind the second pass."""
         if self._pass is not None:

@@ -148,15 +148,14 @@ class Run:
         if self.over:
             return
         self.over = True
-        for worker in self.workers:
-            worker.close()
-        if self._replay is not None:
-            self._replay.close()
-            self._replay = None
-        if self.main is not None:
-            self.main.close()
-            self.instruments.remove()
-            self.main = None
+        try:
+            for running in (*self.workers, self._replay, self.main):
+                if running is not None:
+                    running.close()
+        finally:
+            if self.main is not None:
+                self.instruments.remove()
+            self.main = self._replay = None
         self.recordings.close()
         self.call = self._prepare = self._failure = None
         self.overrides.clear()
@@ -280,7 +279,7 @@ class Run:
         finally:
             worker.condition = None
         if not condition():
-            raise WaitError(f"{worker.label} waits for {what()}: that cannot come any more.")
+            raise WaitError(f"{worker.label} waits for what cannot come any more: {what()}")
 
     def record(self, recording: Recording) -> None:
         """Tell recorders about every call of their places from now on."""
@@ -294,11 +293,6 @@ class Run:
         assert self.main is not None
         visit = Visit(place, kind, value, index, max(self.main.step, 0), self.main.call_in_step(place, index))
         return take(value, self._layout(visit, kind, value, worker.rows.total), worker.rows, path, self.joins)
-
-    def arguments_of(self, visit: Visit, place: Any) -> tuple[tuple[Any, ...], dict[str, Any]] | None:
-        """What the call of `place` around a visit was given, while the model stands there."""
-        source = self.main if self.main is not None and visit is self.main.here else self._replay
-        return source.arguments_of(place) if source is not None else None
 
     def fail(self, error: BaseException) -> None:
         """Called by a deferred worker whose code raised: the run ends with this error."""
@@ -426,7 +420,7 @@ class Run:
         call = self.call
         assert call is not None
         place = visit.place
-        known = place.__class__ is OperationPlace and place.batch_first
+        known = place.__class__ is OperationPlace and place.shown
         if known or place in call.batch_first or call.probe is None:
             return dict.fromkeys(leaves_of(value), 0)
         owner = self if call.fake else self.instruments

@@ -15,6 +15,7 @@ from ..envoy import Envoy, present_plainly
 from ..errors import NoInputError
 from ..trace import Given, Prepared, Tracer
 from ._base import NO_INPUT, NNsight
+from ._elsewhere import open_elsewhere
 from ._experts import gathered_experts
 from ._generation import GENERATED, TOKEN, Generator, generate
 from ._hidden import returns_tuple, show_block_output, take_block_output
@@ -66,6 +67,7 @@ class LanguageModel(NNsight):
     ) -> None:
         self._source: Source | None = None
         self._tokenizer = tokenizer
+        self._has_own_tokenizer = tokenizer is not None
         self._pads: set[str] | None = None
         if isinstance(model, Module):
             super().__init__(model, rename=rename, envoys=envoys)
@@ -92,6 +94,7 @@ class LanguageModel(NNsight):
     @tokenizer.setter
     def tokenizer(self, tokenizer: Any) -> None:
         self._tokenizer = tokenizer
+        self._has_own_tokenizer = True
 
     def dispatch(self) -> LanguageModel:
         """Load the weights, if they are not there yet; envoys taken before stay valid."""
@@ -120,7 +123,9 @@ class LanguageModel(NNsight):
                 different lengths are padded on the left, with positions so that each row equals its own single run.
             trace: False calls the model plainly and returns its output.
             strict_order: Make reading a place that has passed an error; otherwise a second forward pass serves it.
-            **kwargs: Keyword arguments of the forward (`use_cache=False`) or the tokenizer (`add_special_tokens`).
+            **kwargs: Keyword arguments of the forward (`use_cache=False`) or the tokenizer (`add_special_tokens`);
+                `remote=True`, `timeout=` (seconds), `blocking=False` and `backend="local-process"` run the block
+                elsewhere, and load no weights here.
 
         Returns:
             A `Tracer` to use in a `with` statement, or with `trace=False` the model's output.
@@ -129,6 +134,9 @@ class LanguageModel(NNsight):
             NoInputError: The model was given no input.
             InputError: The input is nothing that a language model takes.
         """
+        elsewhere = open_elsewhere(self, "trace", inputs, kwargs, strict_order=strict_order)
+        if elsewhere is not None:
+            return elsewhere
         self.dispatch()
         return super().trace(*inputs, trace=trace, strict_order=strict_order, **kwargs)
 
@@ -151,7 +159,8 @@ class LanguageModel(NNsight):
             *inputs: As for `trace`.
             trace: False generates plainly and returns what `generate` of transformers returns.
             strict_order: As for `trace`.
-            **kwargs: Any option of transformers' `generate`: `max_new_tokens`, `do_sample`, `num_beams`, ….
+            **kwargs: Any option of transformers' `generate`: `max_new_tokens`, `do_sample`, `num_beams`, …; and
+                `remote=True` and what goes with it, as for `trace`.
 
         Returns:
             A `Tracer`, or with `trace=False` the token ids `[batch, prompt + new tokens]`.
@@ -161,6 +170,9 @@ class LanguageModel(NNsight):
             if collected is not None:
                 collected.prepare_with(lambda givens: self._prepare_generation(givens, kwargs))
                 return collected.result
+        elsewhere = open_elsewhere(self, "generate", inputs, kwargs, strict_order=strict_order)
+        if elsewhere is not None:
+            return elsewhere
         self.dispatch()
         given = Given(inputs, {}) if inputs else self._named_input(kwargs)
         if not trace:

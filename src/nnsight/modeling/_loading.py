@@ -40,7 +40,9 @@ class Source:
         self.name = name
         self.location = resolve(name)
         self._auto_class = auto_class
+        self.options = dict(options)
         self._options = options
+        self.revision: str | None = options.get("revision")
         self.config = self._load_config(options.pop("config", None))
 
     def _load_config(self, config: Any) -> Any:

@@ -7,35 +7,29 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch.nn import Module
 
-from .._core import INPUT, OUTPUT, OperationPlace, Run, Visit, Worker
+from .._core import INPUT, OUTPUT, OperationPlace, Run, Worker, current_pass
 from ..errors import NamesError
 from ._family import Attention, Spot
-from ._overrides import show_apart, show_results
+from ._ports import Keep, Showing, open_port
 from ._shapes import AsItIs, InRows, Shape, fit
+from ._terms import LAYER
 from ._window import Window, open_window
 
 if TYPE_CHECKING:
     from ._stack import Stack
 
+_RANKS = {name: rank for rank, name in enumerate(LAYER)}
 _PLAIN = AsItIs()
 
 
 class Access:
-    """A name whose value is the input or output of a module of each layer, or a part of it.
+    """A name whose value is the input or output of a module of each layer."""
 
-    A `held` one is a tensor that the layer goes on using beside the module it is given to: it is changed in place.
-    """
-
-    def __init__(
-        self, stack: Stack, name: str, spot: Spot, shape: Shape = _PLAIN, *, held: bool = False, flat: bool = False
-    ) -> None:
+    def __init__(self, stack: Stack, name: str, spot: Spot) -> None:
         self.stack = stack
         self.name = name
         self.kind = spot.kind
         self._spot = spot
-        self._shape = shape
-        self._held = held
-        self._flat = flat
         self._steps = tuple(spot.path.split(".")) if spot.path else ()
 
     def path(self, index: int) -> str:
@@ -48,43 +42,26 @@ class Access:
         return self.stack.module(index, self._steps, self.name)
 
     def read(self, worker: Worker, index: int) -> torch.Tensor:
-        """The value at layer `index`, as the vocabulary shows it."""
+        """The value at layer `index`."""
         run = worker.run
-        place, path = self._locate(run, index), self.path(index)
-        visit, value = run.read(worker, place, self.kind, path)
-        shown = self._shape_at(run, visit, index).show(self._pick(value))
-        if self._held and visit.kind == OUTPUT:
-            shown = shown.clone()  # the module has used it: changing it now would change half of what follows
-            run.edits.note_copy(path, shown, value)
-        return shown
+        place = self._locate(run, index)
+        return self._pick(run.read(worker, place, self.kind, self._label(place, index))[1])
 
     def write(self, worker: Worker, index: int, new: Any) -> None:
         """Put `new` there."""
         run = worker.run
-        place, path = self._locate(run, index), self.path(index)
+        place = self._locate(run, index)
+        path = self._label(place, index)
         visit = run.reach(worker, place, self.kind, path, write=True)
-        _, value = run.read(worker, place, self.kind, path)
-        tensor, shape = self._pick(value), self._shape_at(run, visit, index)
-        shown = shape.show(tensor)
-        fitted = fit(new, shown, f"{self.stack.prefix}{self.name}[{index}]")
-        if self._held:
-            shown.copy_(fitted)
-            return
-        changed = self._replaced(visit.value, shape.take(tensor, fitted))
-        run.change(worker, visit, changed, f"{path}.{self.kind}")
+        tensor = self._pick(run.read(worker, place, self.kind, path)[1])
+        fitted = fit(new, tensor, self.stack.spelled(self.name, index))
+        run.change(worker, visit, self._replaced(visit.value, fitted), path)
 
     def _locate(self, _run: Run, index: int) -> Any:
         return self.module(index)
 
-    def _shape_at(self, run: Run, visit: Visit, index: int) -> Shape:
-        if not self._flat:
-            return self._shape
-        given = run.arguments_of(visit, self.stack.layer(index))
-        if given is None:
-            raise NamesError(f"{self.path(index)}: the positions of {self.name} cannot be told apart here.")
-        args, kwargs = given
-        hidden = args[0] if args else next(iter(kwargs.values()))
-        return InRows(hidden.shape[1])
+    def _label(self, _place: Any, index: int) -> str:
+        return self.path(index)
 
     def _pick(self, value: Any) -> torch.Tensor:
         item = self._spot.item
@@ -104,20 +81,30 @@ class Access:
 
 
 class Shown(Access):
-    """A name whose value appears at a place of its own, alone, with the batch in front."""
+    """A name whose value appears at a place of its own, in a shape of its own, with the batch in front."""
 
-    def __init__(self, stack: Stack, name: str, spot: Spot, shape: Shape = _PLAIN, *, flat: bool = False) -> None:
-        super().__init__(stack, name, spot, shape, flat=flat)
+    def __init__(
+        self, stack: Stack, name: str, spot: Spot, shape: Shape = _PLAIN, *, keep: Keep = "shared", flat: bool = False
+    ) -> None:
+        super().__init__(stack, name, spot)
         self.kind = OUTPUT
+        self._shape = shape
+        self._keep: Keep = keep
+        self._flat = flat
 
     def _locate(self, run: Run, index: int) -> Any:
-        place = self.stack.place(self.module(index), self.name)
+        place = self.stack.place(self.module(index), self.name, index)
         run.start().see().watch(place)
         self._show(run, index, place)
         return place
 
+    def _label(self, place: OperationPlace, index: int) -> str:
+        return place.name
+
     def _show(self, run: Run, index: int, place: OperationPlace) -> None:
-        show_apart(run.overrides, place, self._spot.kind)
+        shape = _Flat(self.stack.layer(index)) if self._flat else self._shape
+        showing = Showing(place, shape, self._keep, _RANKS.get(self.name, 0))
+        open_port(run.overrides, place.owner).show(self._spot.kind, showing)
 
     def _pick(self, value: Any) -> torch.Tensor:
         return value
@@ -126,17 +113,48 @@ class Shown(Access):
         return new
 
 
-class _InAttention(Access):
+class _Flat:
+    """`[batch * pos, d]` as `[batch, pos, d]`, with the positions that the layer was called with."""
+
+    def __init__(self, layer: Module) -> None:
+        self._layer = layer
+
+    def __eq__(self, other: object) -> bool:
+        return isinstance(other, _Flat) and other._layer is self._layer
+
+    def __hash__(self) -> int:
+        return hash(self._layer)
+
+    def show(self, tensor: torch.Tensor) -> torch.Tensor:
+        return self._rows().show(tensor)
+
+    def take(self, _tensor: torch.Tensor, new: torch.Tensor) -> torch.Tensor:
+        return new.flatten(0, 1)
+
+    def _rows(self) -> InRows:
+        current = current_pass()
+        given = current.arguments_of(self._layer) if current is not None else None
+        if given is None:
+            raise NamesError("The positions of an MLP's values are not known outside of its layer.")
+        args, kwargs = given
+        return InRows((args[0] if args else next(iter(kwargs.values()))).shape[1])
+
+
+class InAttention(Shown):
     """A name of an attention: once it is asked for, another one of the same layer is still in view."""
 
-    _row: Attention
-
-    def of(self, row: Attention) -> Any:
-        """This access, as that of an attention."""
+    def __init__(
+        self, stack: Stack, name: str, row: Attention, spot: Spot, shape: Shape = _PLAIN, *, keep: Keep = "shared"
+    ) -> None:
+        super().__init__(stack, name, spot, shape, keep=keep)
         self._row = row
         self._forward = tuple(row.module.split("."))
         self._prepared = row.operations()
-        return self
+
+    def _show(self, run: Run, index: int, place: OperationPlace) -> None:
+        if self._prepared:
+            self._open(run, index)
+        super()._show(run, index, place)
 
     def _open(self, run: Run, index: int) -> Window:
         window = open_window(run, self.stack.module(index, self._forward, self.name))
@@ -145,38 +163,28 @@ class _InAttention(Access):
         return window
 
 
-class OfHeads(_InAttention):
-    """The input or output of one of the attention's projections."""
+class Operation(InAttention):
+    """What an operation of the attention's forward is given, or gives."""
 
-    def _locate(self, run: Run, index: int) -> Any:
-        if self._prepared:
-            self._open(run, index)
-        return self.module(index)
-
-
-class _ShownInAttention(_InAttention, Shown):
     def path(self, index: int) -> str:
         return f"{self.stack.path}.{index}.{self._row.module}.{self._spot.path}"
 
     def module(self, index: int) -> Module:
         return self.stack.module(index, self._forward, self.name)
 
-
-class Operation(_ShownInAttention):
-    """What an operation of the attention's forward is given, or gives."""
-
     def _show(self, run: Run, index: int, place: OperationPlace) -> None:
-        self._open(run, index).show(self._spot.path, self._spot.kind, self._spot.item, place)
+        showing = Showing(place, self._shape, self._keep, 0)
+        self._open(run, index).show(self._spot.path, self._spot.kind, self._spot.item, showing)
 
 
-class Pattern(_ShownInAttention):
+class Pattern(Operation):
     """The probabilities; the layer computes its attention eagerly once they are asked for."""
 
     def _show(self, run: Run, index: int, place: OperationPlace) -> None:
         self._open(run, index).show_pattern(self._spot.path, place)
 
 
-class Result(_InAttention, Shown):
+class Result(InAttention):
     """What each head adds to the attention's output."""
 
     def path(self, index: int) -> str:
@@ -185,7 +193,7 @@ class Result(_InAttention, Shown):
     def _show(self, run: Run, index: int, place: OperationPlace) -> None:
         if self._prepared:
             self._open(run, index)
-        show_results(run.overrides, place, self.stack.count(self._row.heads))
+        open_port(run.overrides, place.owner).show_results(place, self.stack.count(self._row.heads))
 
 
 class Whole(Access):

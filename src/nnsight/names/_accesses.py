@@ -5,8 +5,9 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 from ..errors import NamesError
-from ._access import Access, OfHeads, Operation, Pattern, Result, Shown, Whole
+from ._access import Access, InAttention, Operation, Pattern, Result, Shown, Whole
 from ._family import Attention, Spot
+from ._ports import Keep
 from ._shapes import Blocks, ByHead, Grouped, HeadsFirst, Interleaved, Latent, Shape
 from ._terms import HEAD, LAYER
 from ._window import INTERFACE
@@ -40,18 +41,20 @@ def make_access(stack: Stack, name: str) -> Access:
     if text is None:
         raise NamesError(f"{stack.kind} has no {name}. It has: {', '.join(stack.names())}.")
     spot = Spot.parse(text)
-    if name in row.apart:
-        return Shown(stack, name, spot, flat=name in row.flat)
-    held = name == "resid_mid" and spot.kind == "input"
-    return Access(stack, name, spot, held=held, flat=name in row.flat)
+    keep: Keep = ("own" if spot.kind == "input" else "left") if name in row.apart else "shared"
+    if name == "resid_mid" and spot.kind == "input":
+        keep = "held"  # the layer adds the MLP's output to the same tensor
+    if keep == "shared" and name not in row.flat:
+        return Access(stack, name, spot)
+    return Shown(stack, name, spot, keep=keep, flat=name in row.flat)
 
 
 def _of_heads(stack: Stack, name: str, row: Attention, what: str) -> Access:
     heads = stack.count(row.heads)
     if what == "z":
-        return OfHeads(stack, name, Spot.parse(f"{row.out}.input"), ByHead(heads)).of(row)
+        return InAttention(stack, name, row, Spot.parse(f"{row.out}.input"), ByHead(heads))
     if what == "result":
-        return Result(stack, name, Spot.parse(f"{row.out}.output")).of(row)
+        return Result(stack, name, row, Spot.parse(f"{row.out}.output"))
     if what == "pattern":
         return _pattern(stack, name, row)
     text = getattr(row, what)
@@ -59,12 +62,9 @@ def _of_heads(stack: Stack, name: str, row: Attention, what: str) -> Access:
         raise NamesError(
             f"{stack.kind} has no {name}: it has no rotary embedding, so {name.removesuffix('_rot')} is all."
         )
-    spot = Spot.parse(text)
     if what in ("q_rot", "k_rot"):
-        return Operation(stack, name, spot, HeadsFirst()).of(row)
-    if spot.is_operation:
-        return Operation(stack, name, spot).of(row)
-    return OfHeads(stack, name, spot, _split(stack, row, what)).of(row)
+        return Operation(stack, name, row, Spot.parse(text), HeadsFirst())
+    return InAttention(stack, name, row, Spot.parse(text), _split(stack, row, what))
 
 
 def _split(stack: Stack, row: Attention, what: str) -> Shape:
@@ -87,11 +87,11 @@ def _pattern(stack: Stack, name: str, row: Attention) -> Access:
         known = ", ".join(row.pattern)
         raise NamesError(f"{stack.kind} shows its pattern with attn_implementation {known} only.")
     if text == "interface":
-        return Pattern(stack, name, Spot(INTERFACE, "input", 0, True)).of(row)
+        return Pattern(stack, name, row, Spot(INTERFACE, "input", 0, True))
     if text.startswith("sdpa:"):
-        return Pattern(stack, name, Spot(text.removeprefix("sdpa:"), "input", 0, True)).of(row)
+        return Pattern(stack, name, row, Spot(text.removeprefix("sdpa:"), "input", 0, True))
     spot = Spot.parse(text)
-    return Operation(stack, name, spot).of(row) if spot.is_operation else Shown(stack, name, spot)
+    return Operation(stack, name, row, spot, keep="own") if spot.is_operation else Shown(stack, name, spot, keep="own")
 
 
 def names_of(stack: Stack) -> list[str]:

@@ -140,7 +140,7 @@ def opt(config: Any) -> Family:
         heads=replace(_SEPARATE, out="self_attn.out_proj"),
     )
     if config.word_embed_proj_dim != config.hidden_size:
-        row = replace(row, entry=("decoder.project_in", "decoder.embed_positions"), bridge=True)
+        row = replace(row, entry=("decoder.embed_positions", "decoder.project_in"), bridge=True)
     if before:
         return row
     norms = ("self_attn_layer_norm", "final_layer_norm")
@@ -190,7 +190,7 @@ def falcon(config: Any) -> Family:
 def _falcon_heads(config: Any) -> Attention:
     heads = _fused("self_attention", "query_key_value", "dense", split="interleaved", call=None)
     if config.new_decoder_architecture:
-        heads = replace(heads, split="grouped", kv_heads="num_kv_heads", q="@self__split_heads_0.output[0]")
+        heads = replace(heads, split="grouped", kv_heads="num_kv_heads")
     elif config.multi_query:
         heads = replace(heads, split="blocks", kv_heads=1)
     product = "sdpa:torch_nn_functional_scaled_dot_product_attention_"

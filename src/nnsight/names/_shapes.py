@@ -1,4 +1,4 @@
-"""Shapes: a tensor of the model as the vocabulary shows it, a view of the same memory, and back."""
+"""Shapes: a tensor of the model as the vocabulary shows it, and back."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ class Shape(Protocol):
     """How a tensor of the model is shown."""
 
     def show(self, tensor: torch.Tensor) -> torch.Tensor:
-        """A view of it in the vocabulary's shape."""
+        """It in the vocabulary's shape; a view of the same memory where there is one."""
         ...
 
     def take(self, tensor: torch.Tensor, new: torch.Tensor) -> torch.Tensor:
@@ -106,15 +106,32 @@ class Interleaved(Part):
 
 @dataclass(frozen=True)
 class Grouped(Part):
-    """For each head of keys and values its queries, its key, its value; the queries are no view in one shape."""
+    """For each head of keys and values its queries, its key, its value."""
 
     heads: int
     kv_heads: int
     part: int
 
     def show(self, tensor: torch.Tensor) -> torch.Tensor:
+        grouped, queries = self._grouped(tensor)
+        return (
+            grouped.narrow(-2, 0, queries).flatten(-3, -2) if self.part == 0 else grouped.select(-2, self._at(queries))
+        )
+
+    def take(self, tensor: torch.Tensor, new: torch.Tensor) -> torch.Tensor:
+        if self.part:
+            return super().take(tensor, new)
+        whole = tensor.clone()
+        grouped, queries = self._grouped(whole)
+        grouped.narrow(-2, 0, queries).copy_(new.unflatten(-2, (self.kv_heads, queries)))
+        return whole
+
+    def _grouped(self, tensor: torch.Tensor) -> tuple[torch.Tensor, int]:
         queries = self.heads // self.kv_heads
-        return tensor.unflatten(-1, (self.kv_heads, queries + 2, -1)).select(-2, queries + self.part - 1)
+        return tensor.unflatten(-1, (self.kv_heads, queries + 2, -1)), queries
+
+    def _at(self, queries: int) -> int:
+        return queries + self.part - 1
 
 
 @dataclass(frozen=True)

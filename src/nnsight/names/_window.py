@@ -14,10 +14,11 @@ from typing import Any
 import torch
 from torch.nn import Module
 
-from .._core import OperationPlace, Pass, Run, current_pass
+from .._core import Pass, Run, current_pass
 from ..errors import NamesError, SourceError
 from ..source import Interception, analyse, intercept
 from ._eager import attend_eagerly, eager_mask
+from ._ports import Showing, show
 
 INTERFACE = "attention_interface_0"
 _DROPOUT = "nn_functional_dropout_0"
@@ -31,15 +32,13 @@ class Window:
 
     def __init__(self, interception: Interception) -> None:
         self._interception = interception
-        self._shown: dict[tuple[str, str], dict[int, OperationPlace]] = {}
+        self._shown: dict[tuple[str, str], dict[int, Showing]] = {}
         self._patterns: dict[str, list[Any]] = {}
-        self._eager = Interception(None)
-        self._eager.only = frozenset({_DROPOUT})
-        self._eager.redirects[_DROPOUT] = self._redirect_dropout
+        self._eager: Interception | None = None
 
-    def show(self, operation: str, kind: str, item: int, place: OperationPlace) -> None:
-        """Let item `item` of what an operation is given, or gives, appear at `place`."""
-        self._shown.setdefault((operation, kind), {})[item] = place
+    def show(self, operation: str, kind: str, item: int, showing: Showing) -> None:
+        """Show item `item` of what an operation is given, or gives."""
+        self._shown.setdefault((operation, kind), {})[item] = showing
         self._watch(operation)
 
     def show_pattern(self, operation: str, place: Any) -> None:
@@ -80,9 +79,9 @@ class Window:
     def _touch(self, current: Pass, key: tuple[str, str], items: tuple[Any, ...]) -> tuple[Any, ...]:
         at = 0
         while at < len(items):  # a block that is served at one item may ask for the next
-            place = self._shown.get(key, {}).get(at)
-            if place is not None:
-                items = (*items[:at], current.touch(place, items[at]), *items[at + 1 :])
+            showing = self._shown.get(key, {}).get(at)
+            if showing is not None:
+                items = (*items[:at], show(current, showing, items[at]), *items[at + 1 :])
             at += 1
         return items
 
@@ -96,6 +95,10 @@ class Window:
         eager = eager_function(self._interception.owner)
         if eager is not function:
             args = (*args[:_MASK], eager_mask(*args[: _MASK + 1], kwargs), *args[_MASK + 1 :])
+        if self._eager is None:
+            self._eager = Interception(None)
+            self._eager.only = frozenset({_DROPOUT})
+            self._eager.redirects[_DROPOUT] = self._redirect_dropout
         return self._eager(eager), args, kwargs
 
     def _redirect_dropout(

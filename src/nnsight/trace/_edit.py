@@ -64,6 +64,21 @@ class EditWorker(Worker):
         return {place: counts.get(place, 0) for place in self._first}
 
 
+class FunctionEdit:
+    """A stored function: `begin` is called once a run, and what it returns at every step, with the step's number."""
+
+    def __init__(self, name: str, begin: Callable[[], Callable[[int], None]]) -> None:
+        self._name = name
+        self._begin = begin
+
+    def add_to(self, run: Run) -> None:
+        """Give a run a worker for this edit."""
+        worker = EditWorker(run, self._name)
+        act = self._begin()
+        worker.start(lambda: _run_each_step(run, worker, lambda: act(worker.step or 0)))
+        run.add(worker)
+
+
 def _run_each_step(run: Run, worker: EditWorker, body: Callable[..., None]) -> None:
     step = 0
     while reach_step(run, worker, step):
