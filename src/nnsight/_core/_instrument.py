@@ -56,8 +56,9 @@ def make_replacement(module: Module, previous: Forward | None) -> Forward:
 
     # Models look at the signature of `self.forward` to decide what to pass (`generate` of transformers does).
     plain = type(module).forward if previous is None else _with_self(previous)
-    # A method, so that a copy of the module made meanwhile has its own.
-    return MethodType(functools.update_wrapper(forward, plain, updated=()), module)
+    functools.update_wrapper(forward, plain, updated=())
+    forward.__name__ = "forward"
+    return MethodType(forward, module)  # so that a copy of the module made meanwhile has its own
 
 
 def _with_self(forward: Forward) -> Forward:
