@@ -626,7 +626,8 @@ class TestUnusualModules:
 
 
     @pytest.mark.parametrize("duplicate", [copy.deepcopy, lambda net: pickle.loads(pickle.dumps(net))])
-    def test_a_copy_made_in_the_body_is_a_model_of_its_own(self, net, x, duplicate):
+    def test_a_copy_made_in_the_body_is_a_model_of_its_own(self, x, duplicate):
+        net = Net()
         model = NNsight(net)
         with model.trace(x):
             model.blocks[0].lin.output
