@@ -78,10 +78,10 @@ class Identities:
         at = f"at layer {index}"
         result, projected = values.get(f"{prefix}result"), values.get(f"{prefix}result projected")
         if result is not None and projected is not None:
-            total = result.sum(-2)
-            bias = self._stack.module(index, row.out.split("."), f"{prefix}result")._parameters.get("bias")
-            if bias is not None:
-                total = total + bias.to(total)
+            projection = self._stack.module(index, row.out.split("."), f"{prefix}result")
+            mixed = values.get(f"{prefix}z")
+            bias = 0 if mixed is None else projection(torch.zeros_like(mixed[:1, :1].flatten(-2)))
+            total = result.sum(-2) + bias
             names = [f"{prefix}result", f"{prefix}z"]
             self._same(names, f"the heads' results with the bias and what the projection gives {at}", total, projected)
         pattern, z, v = (values.get(f"{prefix}{name}") for name in ("pattern", "z", "v"))
