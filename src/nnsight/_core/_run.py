@@ -406,7 +406,7 @@ class Run:
         call = self.call
         assert call is not None
         place = visit.place
-        known = place.__class__ is OperationPlace and place.batch_first
+        known = place.__class__ is OperationPlace and place.shown
         if known or place in call.batch_first or call.probe is None:
             return dict.fromkeys(leaves_of(value), 0)
         owner = self if call.fake else self.instruments

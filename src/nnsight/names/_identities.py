@@ -58,16 +58,20 @@ class Identities:
         self._same([*added, "resid_post"], f"resid_pre + {' + '.join(added)} and resid_post {at}", total, post)
 
     def _post_norm(self, values: Values, added: Values) -> None:
-        total = values["resid_pre"]
-        for name, norm in zip(added, self._stack.row.norms, strict=False):
-            if f"{norm} input" not in values:
+        total, norms = values["resid_pre"], self._stack.row.norms
+        if len(norms) != len(added):
+            self._fail([*added], f"the row has {len(norms)} norms for the {len(added)} sums of a layer")
+            return
+        for name, norm in zip(added, norms, strict=True):
+            given, after = values.get(f"{name} {norm} input"), values.get(f"{name} {norm} output")
+            if given is None or after is None:
                 return
-            total = total + added[name]
-            self._same([name], f"the stream with {name} added and what {norm} is given", total, values[f"{norm} input"])
-            total = values[f"{norm} output"]
-            after = {"attn_out": "resid_mid", "mlp_out": "resid_post"}.get(name)
-            if after is not None and after in values:
-                self._same([after], f"what {norm} gives and {after}", total, values[after])
+            what = f"the stream with {name} added and what {norm} is given"
+            self._same([name], what, total + added[name], given)
+            total = after
+            stream = {"attn_out": "resid_mid", "mlp_out": "resid_post"}.get(name)
+            if stream is not None and stream in values:
+                self._same([stream], f"what {norm} gives and {stream}", total, values[stream])
 
     def heads(self, index: int, prefix: str, row: Attention, values: Values) -> None:
         """The heads' results are the attention's output; the pattern mixes the values; queries and keys are those used."""
