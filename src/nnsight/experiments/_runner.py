@@ -8,7 +8,7 @@ from typing import Any, NamedTuple, TypeVar
 
 import torch
 
-from nnsight import LanguageModel, errors
+from nnsight import LanguageModel
 
 from ._memory import Budget
 from ._prompts import Prompts
@@ -121,7 +121,7 @@ class Runner:
     def _agree(self, run: Callable[[], torch.Tensor], expected: torch.Tensor) -> bool:
         try:
             found = run()
-        except errors.NNsightError:
+        except Exception:  # whatever its own code raises where a model cannot be started in the middle
             return False
         tolerance = 1e-4 if expected.dtype in (torch.float32, torch.float64) else 2e-2
         atol = tolerance * float(expected.abs().max())
