@@ -68,6 +68,7 @@ HOMES = {
 DEFERRED = {
     *("transformers", "accelerate", "diffusers", "vllm", "PIL", "pandas", "matplotlib", "uvicorn", "ray"),
     *("nnsight.plots", "nnsight.server", "nnsight.modeling.vllm"),
+    "torch.nn.attention.flex_attention",  # it loads the compiler
 }
 
 FOLDERS = {
