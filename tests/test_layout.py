@@ -69,6 +69,7 @@ DEFERRED = {
     *("transformers", "accelerate", "diffusers", "vllm", "PIL", "pandas", "matplotlib", "uvicorn", "ray"),
     *("huggingface_hub", "torch.nn.attention.flex_attention"),  # the latter brings the compiler with it
     *("nnsight.plots", "nnsight.server", "nnsight.modeling.vllm"),
+    "torch.nn.attention.flex_attention",  # it loads the compiler
 }
 
 FOLDERS = {

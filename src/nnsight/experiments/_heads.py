@@ -77,7 +77,7 @@ def detect_heads(
 def _repeated(model: LanguageModel, length: int, count: int, seed: int) -> tuple[torch.Tensor, int]:
     """Token ids `[prompt, pos]` said twice, behind the token that begins a text where there is one, and where they start."""
     generator = torch.Generator().manual_seed(seed)
-    vocabulary = int(model.embed.weight.shape[0])
+    vocabulary = int(model.names.embed.weight.shape[0])
     drawn = torch.stack([torch.randperm(vocabulary, generator=generator)[:length] for _ in range(count)])
     if drawn.shape[1] < length:
         raise errors.InputError(f"The model has {vocabulary} tokens; length={length} is more.")
