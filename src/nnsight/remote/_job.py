@@ -229,7 +229,7 @@ class JobWriter:
         made = self._class(cls)
         return encoder.hold(value, lambda held: InstanceNode(made, _attributes(encoder, held)))
 
-    def _class(self, cls: type) -> Node:
+    def _class(self, cls: type) -> Any:
         found = self._callable(cls)
         if found is None:
             raise TravelError(f"{cls.__qualname__!r} cannot travel: it is no class that can be found by its name.")
