@@ -78,6 +78,22 @@ def test_an_unsaved_name_says_so_when_it_is_used(model):
     assert "was not saved in the remote block" in repr(hidden)
 
 
+def test_blocks_in_a_loop_bind_the_same_names(model):
+    shapes = []
+    for size in (1, 2):
+        with model.trace(torch.ones(size, 3), **HERE):
+            hidden = model[0].output
+            shapes.append(hidden.shape)
+    assert shapes == [(1, 4), (2, 4)]
+
+
+def test_what_a_name_held_before_need_not_travel(model):
+    hidden = sys.stdout
+    with model.trace(X, **HERE):
+        hidden = model[0].output.save()
+    assert torch.equal(hidden, model._model[0](X))
+
+
 def test_an_unsaved_value_in_a_list_from_outside_is_an_error(model):
     results = []
     with pytest.raises(TravelError, match=r"append\(value.save\(\)\)"):
