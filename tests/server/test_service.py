@@ -170,7 +170,7 @@ def test_a_block_that_takes_too_long_is_ended(server, model):
                 pass
 
 
-def wait_until(condition, seconds=60):
+def wait_until(condition, seconds=250):
     deadline = time.monotonic() + seconds
     while not condition():
         assert time.monotonic() < deadline
@@ -193,7 +193,7 @@ def children_of(pid):
 
 
 def test_the_death_of_the_zygote_loses_no_job(server, model):
-    with model.trace("Hello", remote=True, blocking=False) as job:
+    with model.trace("Hello", remote=True, blocking=False, timeout=280) as job:
         import time as clock
 
         clock.sleep(4.0)
@@ -201,11 +201,11 @@ def test_the_death_of_the_zygote_loses_no_job(server, model):
     wait_until(lambda: job.status == "running")
     for child in children_of(server.process.pid):
         os.kill(child, signal.SIGKILL)
-    assert job.result(120)["logits"].shape[0] == 1
+    assert job.result()["logits"].shape[0] == 1
 
 
 def test_a_server_that_ends_keeps_what_waits(server, keys, folder, model, start_server, monkeypatch):
-    with model.trace("Hello", remote=True, blocking=False) as running:
+    with model.trace("Hello", remote=True, blocking=False, timeout=280) as running:
         import time as clock
 
         clock.sleep(4.0)
