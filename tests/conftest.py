@@ -66,7 +66,7 @@ class Server:
         assert line.startswith("nnsight serves at "), line
         self.host = line.split()[-1]
 
-    def wait_for(self, *names: str, seconds: float = 120) -> None:
+    def wait_for(self, *names: str, seconds: float = 280) -> None:
         """Until these models take jobs."""
         import nnsight
 

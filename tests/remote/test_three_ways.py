@@ -279,6 +279,25 @@ def test_a_module_of_the_user_is_spliced_in(model, where, plain):
     assert torch.equal(logits, expected)
 
 
+def test_a_module_of_the_user_is_trained(model, where, plain):
+    torch.manual_seed(0)
+    probe = torch.nn.Linear(model.config.n_embd, 2)
+    before = probe.weight.detach().clone()
+    with model.trace(PROMPT, **where):
+        hidden = model.transformer.h[3].output[0].detach()
+        probe(hidden).square().sum().backward()
+        with torch.no_grad():
+            probe.weight -= 0.1 * probe.weight.grad
+
+    hidden = plain.run(PROMPT)["transformer.h.3"]
+    twin = torch.nn.Linear(model.config.n_embd, 2)
+    twin.load_state_dict({"weight": before, "bias": probe.bias.detach()})
+    twin(hidden).square().sum().backward()
+    assert torch.equal(probe.weight.grad, twin.weight.grad)
+    assert torch.equal(probe.bias.grad, twin.bias.grad)
+    assert torch.equal(probe.weight.detach(), before - 0.1 * twin.weight.grad)
+
+
 def test_sampling_follows_the_seed(model, where):
     drawn = []
     for seed in (0, 0, 1):

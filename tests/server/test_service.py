@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import signal
 import time
+from pathlib import Path
 
 import httpx
 import pytest
@@ -126,17 +127,14 @@ def test_confined_blocks_reach_nothing(server, model):
 
 
 def test_what_a_block_does_to_the_model_stays_with_it(server, model):
-    def logits():
-        with model.trace("Hello", remote=True):
-            found = model.lm_head.output.save()
-        return found
-
-    before = logits()
+    with model.trace("Hello", remote=True):
+        before = model.lm_head.output.save()
     with model.trace("Hello", remote=True):
         for parameter in model._model.parameters():
             parameter.data.zero_()
-        model._model.lm_head.forward = None
-    assert (logits() == before).all()
+    with model.trace("Hello", remote=True):
+        after = model.lm_head.output.save()
+    assert (after == before).all()
 
 
 def test_a_crash_of_a_block_is_tried_again_and_then_reported(server, model):
@@ -172,7 +170,7 @@ def test_a_block_that_takes_too_long_is_ended(server, model):
                 pass
 
 
-def wait_until(condition, seconds=60):
+def wait_until(condition, seconds=250):
     deadline = time.monotonic() + seconds
     while not condition():
         assert time.monotonic() < deadline
@@ -189,31 +187,28 @@ def test_printing_has_an_end(server, model, capsys):
 
 
 def children_of(pid):
-    return [int(child) for child in open(f"/proc/{pid}/task/{pid}/children").read().split()] + [
-        int(child)
-        for task in os.listdir(f"/proc/{pid}/task")
-        if task != str(pid)
-        for child in open(f"/proc/{pid}/task/{task}/children").read().split()
+    return [
+        int(child) for task in Path(f"/proc/{pid}/task").iterdir() for child in (task / "children").read_text().split()
     ]
 
 
 def test_the_death_of_the_zygote_loses_no_job(server, model):
-    with model.trace("Hello", remote=True, blocking=False) as job:
+    with model.trace("Hello", remote=True, blocking=False, timeout=280) as job:
         import time as clock
 
-        clock.sleep(1.0)
+        clock.sleep(4.0)
         logits = model.lm_head.output.save()
     wait_until(lambda: job.status == "running")
     for child in children_of(server.process.pid):
         os.kill(child, signal.SIGKILL)
-    assert job.result(120)["logits"].shape[0] == 1
+    assert job.result()["logits"].shape[0] == 1
 
 
 def test_a_server_that_ends_keeps_what_waits(server, keys, folder, model, start_server, monkeypatch):
-    with model.trace("Hello", remote=True, blocking=False) as running:
+    with model.trace("Hello", remote=True, blocking=False, timeout=280) as running:
         import time as clock
 
-        clock.sleep(1.0)
+        clock.sleep(4.0)
         logits = model.lm_head.output.save()
     wait_until(lambda: running.status == "running")
     server.process.terminate()

@@ -45,7 +45,7 @@ def take_apart(value: Any) -> Apart | None:
 def _take_library_apart(value: Any) -> Apart | None:
     from transformers import BatchEncoding, DynamicCache
     from transformers.cache_utils import DynamicLayer
-    from transformers.utils import ModelOutput
+    from transformers.utils.generic import ModelOutput
 
     cls = type(value)
     if isinstance(value, ModelOutput):
@@ -102,7 +102,7 @@ def _cache(parts: Any) -> Any:
 
 
 def _model_output(kind: str, parts: Any) -> Any:
-    from transformers.utils import ModelOutput
+    from transformers.utils.generic import ModelOutput
 
     module, _, name = kind.removesuffix("+").partition(":")
     if not _LIBRARY.fullmatch(module) or not name.isidentifier() or not isinstance(parts, dict):

@@ -60,6 +60,8 @@ def _apply(change: Change, decoder: Decoder, written: Written) -> None:
             raise ProtocolError("a changed tensor has another shape than the one that was sent")
         with torch.no_grad():
             mine.copy_(new)
+        if new.grad is not None:
+            mine.grad = new.grad.to(mine.device)
     elif isinstance(mine, list) and isinstance(new, list):
         mine[:] = new
     elif isinstance(mine, set) and isinstance(new, list):

@@ -154,7 +154,7 @@ def _siblings_after(parent: ast.AST, child: ast.AST) -> list[ast.stmt]:
 def _used(statements: list[ast.stmt], name: str) -> int | None:
     """The line that reads `name` first, None where it is bound again before, or that is not certain."""
     for statement in statements:
-        for node in _in_order(statement):
+        for node in [] if isinstance(statement, _SCOPES) else _in_order(statement):
             if isinstance(node, ast.Name) and node.id == name:
                 return node.lineno if isinstance(node.ctx, ast.Load) else None
         if any(isinstance(node, ast.Name) and node.id == name for node in ast.walk(statement)):

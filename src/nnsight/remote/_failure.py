@@ -66,7 +66,7 @@ def _add_note(error: BaseException, note: str) -> None:
     if sys.version_info >= (3, 11):
         error.add_note(note)
     else:
-        error.__notes__ = [*getattr(error, "__notes__", []), note]
+        vars(error).setdefault("__notes__", []).append(note)
 
 
 def _traceback(lines: Sequence[Line]) -> TracebackType | None:
@@ -85,7 +85,8 @@ def _frame_at(line: Line) -> FrameType:
         if isinstance(node, ast.expr):
             node.lineno = node.end_lineno = max(line.number, 1)
             node.col_offset, node.end_col_offset = start, end
-    code = compile(tree, line.filename, "eval").replace(co_name=line.function)
-    if hasattr(code, "co_qualname"):
-        code = code.replace(co_qualname=line.function)
-    return eval(code, {"frame": lambda: sys._getframe(1)})
+    changes: dict[str, Any] = {"co_name": line.function}
+    code = compile(tree, line.filename, "eval")
+    if hasattr(code, "co_qualname"):  # Python 3.11
+        changes["co_qualname"] = line.function
+    return eval(code.replace(**changes), {"frame": lambda: sys._getframe(1)})

@@ -34,6 +34,7 @@ from ..protocol import (
     write_frame,
 )
 from ._code import free_variables, globals_of, is_installed, registered, source_of
+from ._unsaved import NotSaved
 
 _ABSENT: Any = object()
 
@@ -113,11 +114,26 @@ class JobWriter:
     def _bound(self, block: Block, scope: Scope) -> BoundBlock:
         names, reads = scope.variables(block), block.names_read - block.target_names()
         found = {name: scope.get(name, _ABSENT) for name in sorted(names & reads)}
-        variables = {n: self._encoder.encode(value, n) for n, value in found.items() if value is not _ABSENT}
-        namespace = self._namespace(scope.globals, reads - names)
+        variables: dict[str, Any] = {}
+        for name, value in found.items():
+            if value is not _ABSENT:
+                self._send(name, value, variables, block.names_bound)
+        namespace = self._namespace(scope.globals, reads - names, block.names_bound)
         return BoundBlock(_text(block), sorted(names), variables, namespace)
 
-    def _namespace(self, values: dict[str, Any], reads: frozenset[str]) -> int:
+    def _send(self, name: str, value: Any, sent: dict[str, Any], bound: frozenset[str]) -> None:
+        """Add the value of a name; one that the block binds itself, most likely first, need not go."""
+        if isinstance(value, NotSaved):
+            sent.pop(name, None)
+            return
+        try:
+            sent[name] = self._encoder.encode(value, name)
+        except TravelError:
+            sent.pop(name, None)
+            if name not in bound:
+                raise
+
+    def _namespace(self, values: dict[str, Any], reads: frozenset[str], bound: frozenset[str] = frozenset()) -> int:
         number = next((i for i, known in enumerate(self._spaces) if known is values), None)
         if number is None:
             number = len(self._spaces)
@@ -127,7 +143,7 @@ class JobWriter:
         for name in sorted(reads):
             if name in values and name not in sent and not name.startswith("__"):
                 sent[name] = None  # a definition that reads itself finds it there
-                sent[name] = self._encoder.encode(values[name], name)
+                self._send(name, values[name], sent, bound)
         return number
 
     # --- what is more than data ------------------------------------------------------------------------------
@@ -229,7 +245,7 @@ class JobWriter:
         made = self._class(cls)
         return encoder.hold(value, lambda held: InstanceNode(made, _attributes(encoder, held)))
 
-    def _class(self, cls: type) -> Node:
+    def _class(self, cls: type) -> Any:
         found = self._callable(cls)
         if found is None:
             raise TravelError(f"{cls.__qualname__!r} cannot travel: it is no class that can be found by its name.")

@@ -23,7 +23,7 @@ class Given:
         self.containers = containers
         self.tensors = tensors
         self._before = {number: _contents(value) for number, value in containers.items()}
-        self._versions = [tensor._version if not tensor.is_inference() else -1 for tensor in tensors]
+        self._versions = [_version(tensor) for tensor in tensors]
         self._numbers = {id(value): number for number, value in containers.items()}
         self._tensor_numbers = {id(tensor): number for number, tensor in enumerate(tensors)}
 
@@ -44,12 +44,9 @@ class Given:
         return [n for n, before in self._before.items() if not _same(before, _contents(self.containers[n]))]
 
     def changed_tensors(self) -> list[int]:
-        """The tensors that were changed in place."""
-        return [
-            number
-            for number, (tensor, version) in enumerate(zip(self.tensors, self._versions, strict=True))
-            if not tensor.is_inference() and tensor._version != version
-        ]
+        """The tensors that were changed in place, or have another gradient."""
+        now = [_version(tensor) for tensor in self.tensors]
+        return [number for number, pair in enumerate(zip(now, self._versions, strict=True)) if pair[0] != pair[1]]
 
 
 def write_answer(encoder: Encoder, block: Block, scope: Scope, saved: list[Any], given: Given) -> Answer:
@@ -74,8 +71,19 @@ def write_answer(encoder: Encoder, block: Block, scope: Scope, saved: list[Any],
     return Answer(names, unsaved, changes, encoder.contents, encoder.tensors.infos)
 
 
+def _version(tensor: torch.Tensor) -> tuple[int, int, int]:
+    """What is another one after every change; an inference tensor cannot be changed outside of inference mode."""
+    if tensor.is_inference():
+        return (0, 0, 0)
+    gradient = tensor.grad if tensor.is_leaf else None
+    return (tensor._version, id(gradient), gradient._version if gradient is not None else 0)
+
+
 def _tensor(encoder: Encoder, tensor: torch.Tensor) -> Any:
-    return encoder.encode(tensor.detach().clone(), "a changed tensor")
+    fresh = tensor.detach().clone()
+    if tensor.is_leaf and tensor.grad is not None:
+        fresh.grad = tensor.grad.detach()
+    return encoder.encode(fresh, "a changed tensor")
 
 
 def _change(encoder: Encoder, number: int, known: set[int], given: Given) -> Change:

@@ -59,8 +59,8 @@ def _run(job: Job, reader: JobReader, served: NNsight) -> tuple[Answer, TensorWr
     args = tuple(reader.decode(value) for value in job.args)
     kwargs = {name: reader.decode(value) for name, value in job.kwargs.items()}
     given = Given(reader.containers, reader.tensors)
-    torch.manual_seed(job.seed % 2**63)
-    with Files(reader.files), collecting_saves() as saved:
+    with Files(reader.files), torch.random.fork_rng(devices=[]), collecting_saves() as saved:
+        torch.manual_seed(job.seed % 2**63)
         _run_block(models[0], job, block, scope, args, kwargs)
     encoder = Encoder(given.extend, data_only=True)
     return write_answer(encoder, block, scope, saved, given), encoder.tensors

@@ -17,7 +17,7 @@ import msgspec
 from ..protocol import Event
 from ..sandbox import ANSWER, BEGUN, EVENT, FORK, JOB, KILL, PROBLEM, READY, STOPPED, Pipe
 from ._limits import Limits
-from ._replica import DiedError, Emit
+from ._replica import DiedError, Emit, NotBegunError
 
 _GRACE = 1.0  # seconds that a block has to end when it is interrupted
 _LARGEST_EVENT = 4 * 2**20
@@ -167,6 +167,6 @@ class ConfinedRunner(ModelProcess):
             except OSError as error:
                 answer = str(error).encode()
         if not answer.startswith(BEGUN):
-            self._kill()
-            raise DiedError(f"the zygote has died ({answer.decode(errors='replace')})")
+            self.close()
+            raise NotBegunError(f"the zygote has died ({answer.decode(errors='replace')})")
         return int(answer[1:])

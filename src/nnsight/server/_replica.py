@@ -21,6 +21,10 @@ class DiedError(Exception):
     """What ran a job has ended without an answer."""
 
 
+class NotBegunError(DiedError):
+    """What was to run a job has ended before it began."""
+
+
 class Runner(Protocol):
     """Runs one job at a time on a model; see `_process` and `_embed`."""
 
@@ -110,7 +114,14 @@ class Replica:
         output = _Output(claim.id, self._queue, self._limits.output)
         try:
             answer = self._runner.run(claim.frame, output)
-        except DiedError:
+        except NotBegunError:
+            done.set()
+            watch.join()
+            self._queue.give_back(claim.id)
+            raise
+        except DiedError as error:
+            if watch.reason is None:
+                _log.warning("job %s of %s: %s", claim.id, self.model, error)
             done.set()
             watch.join()
             if watch.reason == "cancelled":
