@@ -12,7 +12,7 @@ METRIC = logit_diff(5, 7)
 def gradient(plain, ids, diff, site, value):
     """The metric's gradient at `value`, put at `site`."""
     leaf = value.clone().requires_grad_()
-    return torch.autograd.grad(diff(plain(ids, {site: lambda _: leaf})).sum(), leaf)[0]
+    return torch.autograd.grad(diff(plain(ids, {site: lambda _, leaf=leaf: leaf})).sum(), leaf)[0]
 
 
 def values_of(plain, ids, name):
@@ -59,7 +59,9 @@ def test_integrated_gradients(model, plain, pairs, diff):
             moved = base[layer] + (step + 0.5) / steps * change
             leaf = moved.clone().requires_grad_()
             slopes.append(
-                torch.autograd.grad(diff(plain(corrupted, {("resid_mid", layer): lambda _: leaf})).sum(), leaf)[0]
+                torch.autograd.grad(
+                    diff(plain(corrupted, {("resid_mid", layer): lambda _, leaf=leaf: leaf})).sum(), leaf
+                )[0]
             )
         effect = (change * torch.stack(slopes).mean(0)).sum(-1)
         expected = found.baseline["corrupted"][:, None] + effect

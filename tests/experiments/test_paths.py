@@ -60,7 +60,7 @@ def test_to_heads(model, plain, pairs, diff, name):
             edits = {}
             for one in reached:
 
-                def give(value, one=one):
+                def give(value, one=one, seen=seen):
                     new = value.clone()
                     index = (slice(None), slice(None), *one[2:])
                     new[index] = seen[one[:2]][index]

@@ -304,9 +304,11 @@ def test_apply_ends_with_its_block_and_edit_stays(model):
 
 def test_apply_inside_a_trace_is_refused(model):
     spec = InterventionSpec(Intervention("mlp_out[2]", "zero"))
-    with pytest.raises(errors.InputError, match="Put it outside"), model.trace(PROMPTS[0]):
-        with model.apply(spec):
-            pass
+    swap = InterventionSpec(Intervention("mlp_out[2]", "swap", prompt=OTHER, positions="last"))
+    ready = model.apply(spec)
+    for use in (lambda: model.apply(swap), lambda: model.edit(spec), ready.__enter__):
+        with pytest.raises(errors.InputError, match="Put it outside"), model.trace(PROMPTS[0]):
+            use()
 
 
 def test_apply_of_a_function_is_that_of_the_module():

@@ -44,7 +44,7 @@ def test_principal_component(model, plain, pairs):
         values_of(plain, pairs[0], ("resid_post", 1))[:, -1] - values_of(plain, pairs[1], ("resid_post", 1))[:, -1]
     )
     found = steering_vector(model, pairs[0], pairs[1], layer=1, method="pca")
-    values, vectors = torch.linalg.eigh(changes.T @ changes)
+    _, vectors = torch.linalg.eigh(changes.T @ changes)
     direction = vectors[:, -1]
     torch.testing.assert_close(found, direction * (changes @ direction).mean(), rtol=1e-3, atol=1e-3)
     assert (changes @ found).mean() > 0

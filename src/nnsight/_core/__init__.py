@@ -13,6 +13,7 @@ from ._aliases import source_of_gradient as source_of_gradient
 from ._coroutine import current_pass as current_pass
 from ._coroutine import uncounted as uncounted
 from ._fakes import Fakes as Fakes
+from ._frames import Line as Line
 from ._frames import describe_line as describe_line
 from ._frames import trim as trim
 from ._frames import user_frame as user_frame
@@ -26,6 +27,7 @@ from ._modes import capture_modes as capture_modes
 from ._modes import plain_modes as plain_modes
 from ._modes import switch_modes as switch_modes
 from ._order import path_of as path_of
+from ._pass import OTHER_THREAD as OTHER_THREAD
 from ._pass import Override as Override
 from ._pass import Pass as Pass
 from ._preserve import Attributes as Attributes
@@ -52,3 +54,4 @@ from ._visit import Visit as Visit
 from ._worker import Worker as Worker
 from ._worker import active as active
 from ._worker import find_worker as find_worker
+from ._worker import worker_of as worker_of

@@ -7,11 +7,14 @@ instrumented before the model starts; a leaf is instrumented when it is asked fo
 
 from __future__ import annotations
 
+import contextlib
 import functools
+import inspect
 import sys
 import threading
 import weakref
 from collections.abc import Callable, Iterable
+from types import MethodType
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -41,7 +44,7 @@ def make_replacement(module: Module, previous: Forward | None) -> Forward:
     elif _COMPILER in sys.modules and isinstance(module, sys.modules[_COMPILER].OptimizedModule):
         previous = module._orig_mod.__call__  # what it compiles: see `Instruments._stop_compiled_calls`  # pyright: ignore[reportAttributeAccessIssue]
 
-    def forward(*args: Any, **kwargs: Any) -> Any:
+    def forward(module: Module, /, *args: Any, **kwargs: Any) -> Any:
         current = getcurrent()
         plain = previous or type(module).forward.__get__(module)
         if current.__class__ is not Coroutine:
@@ -66,7 +69,25 @@ def make_replacement(module: Module, previous: Forward | None) -> Forward:
             running.pop()
 
     # Models look at the signature of `self.forward` to decide what to pass (`generate` of transformers does).
-    return functools.update_wrapper(forward, previous or type(module).forward.__get__(module), updated=())
+    plain = type(module).forward if previous is None else _with_self(previous)
+    functools.update_wrapper(forward, plain, updated=())
+    forward.__name__ = "forward"
+    return MethodType(forward, module)  # so that a copy of the module made meanwhile has its own
+
+
+def _with_self(forward: Forward) -> Forward:
+    """Something with the signature of a function in a class."""
+
+    @functools.wraps(forward, updated=())
+    def unbound(_module: Module, /, *args: Any, **kwargs: Any) -> Any:
+        return forward(*args, **kwargs)
+
+    del unbound.__wrapped__
+    with contextlib.suppress(ValueError, TypeError):  # of a function in C
+        own = inspect.signature(forward)
+        first = inspect.Parameter("self", inspect.Parameter.POSITIONAL_ONLY)
+        unbound.__signature__ = own.replace(parameters=[first, *own.parameters.values()])  # pyright: ignore[reportFunctionMemberAccess]
+    return unbound
 
 
 def _scripted_forward(module: Module) -> Forward:

@@ -63,6 +63,8 @@ def _never_runs(run: Run, request: Request) -> bool:
         return False
     if main.sight is not None and main.sight.was_skipped(request):
         return True
+    if _is_past_the_end(run, request):
+        return True
     if isinstance(request.place, OperationPlace):
         return main.see().never_comes(request)
     if main.counts.get(request.place):
@@ -73,10 +75,14 @@ def _never_runs(run: Run, request: Request) -> bool:
     return main.done
 
 
+def _is_past_the_end(run: Run, request: Request) -> bool:
+    return run.main is not None and run.main.done and request.step is not None and request.step > run.main.step
+
+
 def _unseen(run: Run, request: Request) -> str:
     """What to write where an operation was not seen because its function was running when it was asked for."""
     place, main = request.place, run.main
-    if main is None or not isinstance(place, OperationPlace) or not main.see().is_late(request):
+    if main is None or not isinstance(place, OperationPlace) or place.shown or not main.see().is_late(request):
         return ""
     source = request.path.rpartition(".")[0]
     return f"Naming {source} before {path_of(run, place.module)} starts (at the top of the block)"
@@ -89,6 +95,12 @@ def _never_ran(run: Run, request: Request) -> NeverRanError:
         return NeverRanError(
             f"{_name(request)} was asked for at {describe_line(user_line())}, but it does not run{which}: it is inside a "
             "module that is skipped. Read it in another trace, or assign to the outer module's .output in place of .skip()."
+        )
+    if _is_past_the_end(run, request):
+        return NeverRanError(
+            f"{_name(request)} was asked for at {describe_line(user_line())} in step {request.step}, but the model has run "
+            f"{run.main.step + 1} steps only, counted from 0. Ask inside `for step in tracer.iter[:]:`, which ends when the "  # type: ignore[union-attr]
+            "generation does."
         )
     return NeverRanError(
         f"{_name(request)} was asked for at {describe_line(user_line())}, but it does not run{times}{which} in this "
@@ -105,7 +117,7 @@ def _out_of_order(run: Run, request: Request, reason: str) -> OutOfOrderError:
 
 
 def _name(request: Request) -> str:
-    if isinstance(request.place, Place) and not isinstance(request.place, OperationPlace):
+    if isinstance(request.place, Place) and getattr(request.place, "shown", True):
         return request.path
     return f"{request.path}.{request.kind}"
 
@@ -117,7 +129,7 @@ def _whereabouts(run: Run) -> str:
     step = f" in step {main.step}" if main.step > 0 else ""
     if main.here is not None:
         here = main.here
-        kind = f".{here.kind}" if here.place.__class__ is not Place else ""
+        kind = f".{here.kind}" if not getattr(here.place, "shown", here.place.__class__ is Place) else ""
         return f"the model had reached {path_of(run, here.place)}{kind}{step}"
     if main.running:
         return f"the model had gone on inside {path_of(run, main.running[-1])}{step}"
@@ -129,6 +141,6 @@ def path_of(run: Run, place: Any) -> str:
     if isinstance(place, Module):
         names = [name for name, module in run.instruments.root.named_modules() if module is place]
         return f"model.{names[0]}".rstrip(".") if names else type(place).__name__
-    if isinstance(place, OperationPlace):
+    if isinstance(place, OperationPlace) and not place.shown:
         return f"{path_of(run, place.owner)}.source.{place.name}"
     return str(place)

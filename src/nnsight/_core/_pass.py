@@ -10,6 +10,7 @@ from greenlet import GreenletExit, getcurrent, greenlet
 from torch.nn import Module
 from torch.nn.modules.module import _global_forward_hooks
 
+from ..errors import NotTracingError
 from ._coroutine import Coroutine, borrow, give_back
 from ._instrument import REPLACEMENT_CODE
 from ._modes import Modes, capture_modes, end_loan, is_inference, lend_inference, switch_modes
@@ -85,6 +86,8 @@ class Pass:
             coroutine.serves = self
         here = getcurrent()
         if self._driver is not here:
+            if not coroutine.is_here():
+                raise NotTracingError(OTHER_THREAD)
             self._driver = coroutine.parent = here
         body, model = capture_modes(), self._modes
         if body is not model:
@@ -440,3 +443,8 @@ _MAIN = Pass._main.__code__
 
 def _nothing(*_: Any) -> None:
     return None
+
+
+OTHER_THREAD = """\
+A value was asked for in another thread than the one that opened the trace, and a model cannot go on in two of them. \
+Read values in the thread of the `with` block and hand the values to others, or open a trace of its own in each thread."""

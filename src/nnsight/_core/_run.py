@@ -107,15 +107,9 @@ class Run:
             call = self._make_call()
             self.edits.begin(call)
             self.instruments.install()
+            begin = None if self.lone else self._begin
             self.main = Pass(
-                call,
-                self.instruments,
-                self.stepper,
-                self.modes,
-                self.overrides,
-                self._serve,
-                self._missed,
-                None if self.lone else self._begin,
+                call, self.instruments, self.stepper, self.modes, self.overrides, self._serve, self._missed, begin
             )
             self.main.hand_on = self.edits.leave
             if call.repeatable and not self.strict:
@@ -148,15 +142,14 @@ class Run:
         if self.over:
             return
         self.over = True
-        for worker in self.workers:
-            worker.close()
-        if self._replay is not None:
-            self._replay.close()
-            self._replay = None
-        if self.main is not None:
-            self.main.close()
-            self.instruments.remove()
-            self.main = None
+        try:
+            for running in (*self.workers, self._replay, self.main):
+                if running is not None:
+                    running.close()
+        finally:
+            if self.main is not None:
+                self.instruments.remove()
+            self.main = self._replay = None
         self.recordings.close()
         self.call = self._prepare = self._failure = None
         self.overrides.clear()
@@ -280,7 +273,7 @@ class Run:
         finally:
             worker.condition = None
         if not condition():
-            raise WaitError(f"{worker.label} waits for {what()}: that cannot come any more.")
+            raise WaitError(f"{worker.label} waits for what cannot come any more: {what()}")
 
     def record(self, recording: Recording) -> None:
         """Tell recorders about every call of their places from now on."""
@@ -421,7 +414,7 @@ class Run:
         call = self.call
         assert call is not None
         place = visit.place
-        known = place.__class__ is OperationPlace and place.batch_first
+        known = place.__class__ is OperationPlace and place.shown
         if known or place in call.batch_first or call.probe is None:
             return dict.fromkeys(leaves_of(value), BATCH_FIRST)
         owner = self if call.fake else self.instruments

@@ -37,17 +37,17 @@ class Place:
 class OperationPlace(Place):
     """An operation inside a forward.
 
-    `owner` is what calls it, the module or an operation of it; `module` the module around both.  With `batch_first`
-    its value is known to follow the batch in its first dimension.
+    `owner` is what calls it, the module or an operation of it; `module` the module around both.  One that is `shown` is
+    none of the source's: its name is what to call it, and its value follows the batch in the first dimension.
     """
 
-    __slots__ = ("batch_first", "module", "owner")
+    __slots__ = ("module", "owner", "shown")
 
-    def __init__(self, name: str, owner: Any, module: Any, *, batch_first: bool = False) -> None:
+    def __init__(self, name: str, owner: Any, module: Any, *, shown: bool = False) -> None:
         super().__init__(name)
         self.owner = owner
         self.module = module
-        self.batch_first = batch_first
+        self.shown = shown
 
 
 RESULT = Place("tracer.result", final=True)

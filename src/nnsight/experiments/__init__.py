@@ -6,6 +6,10 @@ from ._collect import collect_activations as collect_activations
 from ._das import Alignment as Alignment
 from ._das import fit_das as fit_das
 from ._direct import direct_logit_attribution as direct_logit_attribution
+from ._graph import Flow as Flow
+from ._graph import ModuleGraph as ModuleGraph
+from ._graph import information_flow as information_flow
+from ._graph import trace_graph as trace_graph
 from ._heads import detect_heads as detect_heads
 from ._lens import logit_lens as logit_lens
 from ._lens import patchscope as patchscope

@@ -85,10 +85,12 @@ def attribution_patching(
     found = sites_of(model, sites, layers)
     dims = [dim_of(found[0], axis) for axis in axes]
     source = runs.record(found)
+    # One number of all prompts stands in each of their rows: a row has its share of it.
+    share = 1.0 if runs.scorer.per_pair else 1 / len(first)
     if method == "atp":
-        effects = _atp(runs.base, found, source, progress)
+        effects = _atp(runs.base, found, source, progress, share)
     else:
-        effects = _integrate(runs.base, found, source, steps, progress)
+        effects = _integrate(runs.base, found, source, steps, progress, share)
     table = torch.stack([_sum_over_others(effects[site], dims) for site in found], 1)
     if not runs.scorer.per_pair:  # one number of all prompts: what they change together
         table = table.sum(0, keepdim=True).expand(table.shape)
@@ -111,12 +113,12 @@ def _sum_over_others(effect: torch.Tensor, dims: Sequence[int]) -> torch.Tensor:
     return summed.permute([order.index(dim) for dim in kept]).cpu()
 
 
-def _atp(runner: Runner, sites: Sequence[Any], source: Values, progress: bool) -> Values:
+def _atp(runner: Runner, sites: Sequence[Any], source: Values, progress: bool, share: float) -> Values:
     """Gradient times change of every site, `[prompt, …]`, with one backward pass a batch."""
     with progress_bar(len(runner.prompts), "gradients", progress) as bar:
 
         def run(rows: Sequence[int]) -> Values:
-            live, gradients = _gradients(runner, list(rows), 0, sites, lambda site, value: value)
+            live, gradients = _gradients(runner, list(rows), 0, sites, lambda site, value: value, share)
             bar.update(len(rows))
             prompts = torch.tensor(list(rows))
             return {site: (source[site][prompts] - live[site]) * gradients[site] for site in sites}
@@ -125,7 +127,9 @@ def _atp(runner: Runner, sites: Sequence[Any], source: Values, progress: bool) -
     return {site: torch.cat([part[site] for part in parts]) for site in sites}
 
 
-def _integrate(runner: Runner, sites: Sequence[Any], source: Values, steps: int, progress: bool) -> Values:
+def _integrate(
+    runner: Runner, sites: Sequence[Any], source: Values, steps: int, progress: bool, share: float
+) -> Values:
     """Average gradient times change of every site, `[prompt, …]`, site by site."""
     count = len(runner.prompts)
     points = [(step + 0.5) / steps for step in range(steps)]
@@ -143,7 +147,7 @@ def _integrate(runner: Runner, sites: Sequence[Any], source: Values, steps: int,
                     line["change"] = source[site][prompts] - live
                     return live + shares.to(live).view(-1, *[1] * (live.dim() - 1)) * line["change"]
 
-                _, gradients = _gradients(runner, prompts.tolist(), site.layer or 0, [site], move)
+                _, gradients = _gradients(runner, prompts.tolist(), site.layer or 0, [site], move, share)
                 bar.update(len(batch))
                 return gradients[site] * line["change"]
 
@@ -158,6 +162,7 @@ def _gradients(
     layer: int,
     sites: Sequence[Any],
     change: Callable[[Any, torch.Tensor], torch.Tensor],
+    share: float,
 ) -> tuple[Values, Values]:
     """The values of sites in a run from `layer` on, with what `change` makes of them put there, and the metric's gradients."""
     live: Values = {}
@@ -174,9 +179,9 @@ def _gradients(
     with torch.enable_grad():
         output = runner.run_all(prompts, layer, act)
         numbers = runner.scorer(output, torch.tensor(prompts))
-        total = numbers.sum() / (1 if runner.scorer.per_pair or len(runner.prompts) == 1 else len(runner.prompts))
+        total = numbers.sum() * share
         if not total.requires_grad:
-            raise errors.InputError(f"The metric {runner.scorer.name} has no gradient.")
+            raise errors.InputError("The metric has no gradient: give one that is differentiable.")
         found = torch.autograd.grad(total, [leaves[site] for site in sites], allow_unused=True)
     gradients = [torch.zeros_like(leaves[s]) if g is None else g for s, g in zip(sites, found, strict=True)]
     return live, dict(zip(sites, gradients, strict=True))

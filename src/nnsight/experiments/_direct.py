@@ -89,13 +89,13 @@ def direct_logit_attribution(
 def _components(model: LanguageModel, runner: Runner) -> tuple[dict[str, torch.Tensor], torch.Tensor]:
     """What is added to the stream at the last position, `[prompt, d_model]` by name, and the logit difference."""
     sites = {"embed": model.site("resid_pre", 0)}
-    for layer in range(len(model.layers)):
+    for layer in range(len(model.names.layers)):
         for name in _WRITERS:
             try:
                 sites[f"{name.removesuffix('_out')} {layer}"] = model.site(name, layer)
             except errors.NamesError:
                 continue
-    last = model.site("resid_post", len(model.layers) - 1)
+    last = model.site("resid_post", len(model.names.layers) - 1)
     values, total = runner.record([*sites.values(), last])
     parts = {name: values[site][:, -1].float() for name, site in sites.items()}
     stream = values[last][:, -1].float()
@@ -109,11 +109,11 @@ def _direction(
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """The direction `[prompt, d_model]` of the stream that the logit difference measures, and its constant `[prompt]`."""
     first, second = scorer.targets.ids
-    unembed = model.unembed
+    unembed = model.names.unembed
     weight = unembed.weight.float()
     towards = weight[first.to(weight.device)] - weight[second.to(weight.device)]
     stream: Any = sum(parts.values())
-    scale, centred, bias = _frozen_norm(model.final_norm, stream)
+    scale, centred, bias = _frozen_norm(model.names.final_norm, stream)
     constant = (towards * bias).sum(-1)
     shift = getattr(unembed, "bias", None)
     if shift is not None:
@@ -158,9 +158,8 @@ def _heads(runner: Runner, site: Any, direction: torch.Tensor) -> torch.Tensor:
 def _neurons(runner: Runner, site: Any, direction: torch.Tensor) -> torch.Tensor:
     """Each neuron's part `[prompt, neuron]`: its value times what one of it adds, which the gradient tells."""
     output = runner.model.site("mlp_out", site.layer)
-    count = len(runner.prompts)
 
-    def read(at: float) -> tuple[torch.Tensor, torch.Tensor]:
+    def read(at: float, rows: Sequence[int]) -> tuple[torch.Tensor, torch.Tensor]:
         def act() -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
             neurons = site.read().detach().clone()
             leaf = (neurons * at).requires_grad_()
@@ -168,13 +167,17 @@ def _neurons(runner: Runner, site: Any, direction: torch.Tensor) -> torch.Tensor
             return neurons, leaf, output.read()
 
         with torch.enable_grad():
-            neurons, leaf, added = runner.observe(range(count), 0, act)
-            numbers = (added[:, -1].float() * direction).sum(-1)
+            neurons, leaf, added = runner.observe(rows, 0, act)
+            numbers = (added[:, -1].float() * direction[rows[0] : rows[-1] + 1]).sum(-1)
             slope = torch.autograd.grad(numbers.sum(), leaf)[0]
         return (neurons * slope)[:, -1].detach().float().cpu(), numbers.detach().cpu()
 
-    found, with_neurons = read(1.0)
-    _, without = read(0.0)
+    def read_all(at: float) -> tuple[torch.Tensor, torch.Tensor]:
+        parts = runner.budget.measure(range(len(runner.prompts)), lambda rows: read(at, rows))
+        return torch.cat([found for found, _ in parts]), torch.cat([numbers for _, numbers in parts])
+
+    found, with_neurons = read_all(1.0)
+    _, without = read_all(0.0)
     if not torch.allclose(
         found.sum(-1), with_neurons - without, rtol=1e-3, atol=1e-3 * float(with_neurons.abs().max() + 1)
     ):

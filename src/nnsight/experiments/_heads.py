@@ -69,16 +69,15 @@ def detect_heads(
     for site in sites:  # one layer at a time: patterns are large
         pattern = runner.read(site)
         scores.append(pattern[:, :, queries, queries - back].float().mean((0, 2)))
-        heads = pattern.shape[1]
     uniform = (1 / (queries + 1)).mean()
-    axes: dict[str, Any] = {"layer": tuple(site.layer for site in sites), "head": tuple(range(heads))}
+    axes: dict[str, Any] = {"layer": tuple(site.layer for site in sites), "head": tuple(range(len(scores[0])))}
     return Result(torch.stack(scores), axes, {"uniform": uniform}, "attention", f"{kind.replace('_', ' ')} heads")
 
 
 def _repeated(model: LanguageModel, length: int, count: int, seed: int) -> tuple[torch.Tensor, int]:
     """Token ids `[prompt, pos]` said twice, behind the token that begins a text where there is one, and where they start."""
     generator = torch.Generator().manual_seed(seed)
-    vocabulary = int(model.embed.weight.shape[0])
+    vocabulary = int(model.names.embed.weight.shape[0])
     drawn = torch.stack([torch.randperm(vocabulary, generator=generator)[:length] for _ in range(count)])
     if drawn.shape[1] < length:
         raise errors.InputError(f"The model has {vocabulary} tokens; length={length} is more.")

@@ -160,7 +160,7 @@ def patchscope(
             new = values[source][0, list(positions), None]
             return lambda: put(site, [patch] * len(positions), prompts, lambda live, _, __: new.expand(live.shape))
 
-        return Group([(pos, 0) for pos in range(rows.length)], site.layer, edit)
+        return Group([(pos, 0) for pos in range(rows.length)], site.layer or 0, edit)
 
     with progress_bar(len(found) * rows.length, "patchscope", progress) as bar, torch.no_grad():
         read = runner.run(map(group_of, found), bar.update).view(1, len(found), rows.length, 2)

@@ -68,7 +68,7 @@ class Scorer:
 
     def __init__(self, metric: Any, model: LanguageModel, prompts: Prompts) -> None:
         self.metric: Metric | None = metric if isinstance(metric, Metric) else None
-        self.function = metric
+        self.function: Any = metric
         if self.metric is None and not callable(metric):
             raise errors.InputError(f"A metric is one of nnsight.experiments or a function, not {metric!r}.")
         self.keep = self.metric.keep if self.metric is not None else None

@@ -109,7 +109,7 @@ def _receivers(model: LanguageModel, receivers: str | Sequence[Receiver]) -> lis
     if isinstance(receivers, str):
         if receivers != "logits":
             raise errors.InputError(f"receivers are 'logits', or pairs such as ('head_q', 9), not {receivers!r}.")
-        return [Patch(model.site("resid_post", len(model.layers) - 1))]
+        return [Patch(model.site("resid_post", len(model.names.layers) - 1))]
     found = []
     for name, layer, *heads in receivers:
         site = model.site(name, layer)

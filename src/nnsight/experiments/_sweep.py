@@ -36,7 +36,7 @@ class Patch:
 
 def sites_of(model: LanguageModel, name: str, layers: Sequence[int] | None = None) -> list[Any]:
     """The sites called `name` at these layers, by default at all that have one."""
-    numbers = range(len(model.layers)) if layers is None else layers
+    numbers = range(len(model.names.layers)) if layers is None else layers
     found, reason = [], None
     for number in numbers:
         try:

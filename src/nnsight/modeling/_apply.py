@@ -25,7 +25,13 @@ class Intervention(Protocol):
 
 
 def edits_of(model: Envoy, intervention: Intervention) -> list[FunctionEdit]:
-    """The edits that an intervention is for `model`."""
+    """The edits that an intervention is for `model`.
+
+    Raises:
+        InputError: A trace of the model is open.
+    """
+    if model._tree.find_worker() is not None:  # preparing may run the model
+        raise InputError(_INSIDE)
     return [FunctionEdit(name, begin) for name, begin in intervention.prepare(model)]
 
 

@@ -16,6 +16,7 @@ from ..names import Name, Named, find_named
 from ..trace import IN_A_TRACE, Edit, Editing, FunctionEdit, Given, Prepared, ScanTracer, Session, Tracer, save
 from ._apply import Applied, Intervention, edits_of
 from ._batch import join_inputs
+from ._elsewhere import open_elsewhere
 from ._probe import choose_rows, select_rows
 
 
@@ -67,6 +68,9 @@ class NNsight(Named):
             taken = {name for kind in kinds for name in dir(kind) if not isinstance(vars(Named).get(name), Name)}
             tree.aliases = Aliases(module, rename, taken)
         self._edits: list[Edit | FunctionEdit] = []
+        self._rename = dict(rename) if rename else None
+
+    _is_served = False  # a server's own: what asks to run elsewhere has arrived there
 
     @property
     def _model(self) -> Module:
@@ -91,7 +95,8 @@ class NNsight(Named):
             *inputs: What the model is called with.
             trace: False calls the model plainly and returns its result.
             strict_order: Make reading a place that has passed an error; otherwise a second forward pass serves it.
-            **kwargs: Keyword arguments of the forward.
+            **kwargs: Keyword arguments of the forward; `remote=True`, `timeout=` (seconds), `blocking=False` and
+                `backend="local-process"` run the block elsewhere.
 
         Returns:
             A `Tracer` to use in a `with` statement, or with `trace=False` what the model returns.
@@ -99,6 +104,9 @@ class NNsight(Named):
         Raises:
             NoInputError: Neither here nor in an invoke was the model given an input.
         """
+        elsewhere = open_elsewhere(self, "trace", inputs, kwargs, strict_order=strict_order)
+        if elsewhere is not None:
+            return elsewhere
         given = self._take_given(inputs, kwargs)
         if not trace:
             return self._prepare([given] if given else [], kwargs).call()
@@ -110,7 +118,7 @@ class NNsight(Named):
             strict_order=strict_order,
         )
 
-    def scan(self, *inputs: Any, strict_order: bool = False, **kwargs: Any) -> ScanTracer:
+    def scan(self, *inputs: Any, strict_order: bool = False, **kwargs: Any) -> Any:
         """Trace shapes and dtypes only: nothing is computed, and weights need not be there.
 
         Values inside the block, and after it, are fake tensors, which know their shape, strides, dtype and
@@ -139,6 +147,9 @@ class NNsight(Named):
             NoInputError: The model was given no input.
             ScanError: A shape depends on values; the message names the module.
         """
+        elsewhere = open_elsewhere(self, "scan", inputs, kwargs, strict_order=strict_order)
+        if elsewhere is not None:
+            return elsewhere
         given = self._take_given(inputs, kwargs)
         tracer = ScanTracer(
             self._tree,
@@ -153,8 +164,10 @@ class NNsight(Named):
         """Forwards to use in a scan in place of those whose shapes depend on values."""
         return {}
 
-    def session(self) -> Session:
+    def session(self, **options: Any) -> Any:
         """Group traces that belong together; values of one are ordinary variables in the next.
+
+        With `remote=True` the whole block runs on the server, as one job.
 
         Example:
             >>> from nnsight import LanguageModel
@@ -164,8 +177,17 @@ class NNsight(Named):
             ...         hidden = model.transformer.h[0].output[0].save()
             ...     with model.trace("World"):
             ...         model.transformer.h[0].output[0][:] = hidden
+
+        Args:
+            **options: `remote=True`, and with it `timeout=`, `blocking=` and `backend=`, as for `trace`.
+
+        Returns:
+            A context for a `with` statement.
         """
-        return Session(self._tree)
+        elsewhere = open_elsewhere(self, "session", (), options)
+        if options:
+            raise InputError(f"model.session() takes no {', '.join(options)}.")
+        return Session(self._tree) if elsewhere is None else elsewhere
 
     def _take_given(self, inputs: tuple[Any, ...], kwargs: dict[str, Any]) -> Given | None:
         """The input of the trace itself; what belongs to it is taken out of `kwargs`."""

@@ -72,6 +72,7 @@ class LanguageModel(TransformersModel):
     @tokenizer.setter
     def tokenizer(self, tokenizer: Any) -> None:
         self._processor = tokenizer
+        self._has_own_processor = True
 
     def trace(self, *inputs: Any, trace: bool = True, strict_order: bool = False, **kwargs: Any) -> Any:
         """Run the model once on prompts, with a block that reads and changes what happens inside.
@@ -90,7 +91,9 @@ class LanguageModel(TransformersModel):
                 different lengths are padded on the left, with positions so that each row equals its own single run.
             trace: False calls the model plainly and returns its output.
             strict_order: Make reading a place that has passed an error; otherwise a second forward pass serves it.
-            **kwargs: Keyword arguments of the forward (`use_cache=False`) or the tokenizer (`add_special_tokens`).
+            **kwargs: Keyword arguments of the forward (`use_cache=False`) or the tokenizer (`add_special_tokens`);
+                `remote=True`, `timeout=` (seconds), `blocking=False` and `backend="local-process"` run the block
+                elsewhere, and load no weights here.
 
         Returns:
             A `Tracer` to use in a `with` statement, or with `trace=False` the model's output.

@@ -39,7 +39,9 @@ class Source:
     def __init__(self, name: str, kinds: Sequence[str], options: dict[str, Any]) -> None:
         self.name = name
         self.location = resolve(name)
+        self.options = dict(options)
         self._options = options
+        self.revision: str | None = options.get("revision")
         self.config = self._load_config(options.pop("config", None))
         self._class = choose_class(self.config, kinds)
 

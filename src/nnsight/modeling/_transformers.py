@@ -14,6 +14,7 @@ from ..envoy import Envoy
 from ..errors import NoInputError
 from ..trace import Given, Prepared, Tracer
 from ._base import NO_INPUT, NNsight
+from ._elsewhere import open_elsewhere
 from ._encodings import MASKS, Encoded, join
 from ._experts import gathered_experts
 from ._generation import GENERATED, TOKEN, Generator, generate
@@ -113,6 +114,7 @@ class TransformersModel(NNsight):
     ) -> None:
         self._source: Source | None = None
         self._processor = processor
+        self._has_own_processor = processor is not None
         if isinstance(model, Module):
             super().__init__(model, rename=rename, envoys=envoys)
         else:
@@ -138,6 +140,7 @@ class TransformersModel(NNsight):
     @processor.setter
     def processor(self, processor: Any) -> None:
         self._processor = processor
+        self._has_own_processor = True
 
     @property
     def tokenizer(self) -> Any:
@@ -185,6 +188,9 @@ class TransformersModel(NNsight):
             NoInputError: The model was given no input.
             InputError: The input is nothing that the model takes, or several inputs do not make a batch.
         """
+        elsewhere = open_elsewhere(self, "trace", inputs, kwargs, strict_order=strict_order)
+        if elsewhere is not None:
+            return elsewhere
         self.dispatch()
         return super().trace(*inputs, trace=trace, strict_order=strict_order, **kwargs)
 
@@ -207,11 +213,15 @@ class TransformersModel(NNsight):
             *inputs: As for `trace`.
             trace: False generates plainly and returns what `generate` of transformers returns.
             strict_order: As for `trace`.
-            **kwargs: Any option of transformers' `generate`: `max_new_tokens`, `do_sample`, `num_beams`, ….
+            **kwargs: Any option of transformers' `generate`: `max_new_tokens`, `do_sample`, `num_beams`, …; and
+                `remote=True` and what goes with it, as for `trace`.
 
         Returns:
             A `Tracer`, or with `trace=False` the token ids `[batch, prompt + new tokens]`.
         """
+        elsewhere = open_elsewhere(self, "generate", inputs, kwargs, strict_order=strict_order)
+        if elsewhere is not None:
+            return elsewhere
         given = self._take_given(inputs, kwargs)
         if given is None:
             collected = Tracer.current(self._tree)

@@ -45,19 +45,23 @@ class Access:
         """The value at layer `index`."""
         run = worker.run
         place = self._locate(run, index)
-        return self._pick(run.read(worker, place, self.kind, self.path(index))[1])
+        return self._pick(run.read(worker, place, self.kind, self._label(place, index))[1])
 
     def write(self, worker: Worker, index: int, new: Any) -> None:
         """Put `new` there."""
-        run, path = worker.run, self.path(index)
+        run = worker.run
         place = self._locate(run, index)
+        path = self._label(place, index)
         visit = run.reach(worker, place, self.kind, path, write=True)
         tensor = self._pick(run.read(worker, place, self.kind, path)[1])
-        fitted = fit(new, tensor, f"model.{self.stack.prefix}{self.name}[{index}]")
-        run.change(worker, visit, self._replaced(visit.value, fitted), f"{path}.{self.kind}")
+        fitted = fit(new, tensor, self.stack.spelled(self.name, index))
+        run.change(worker, visit, self._replaced(visit.value, fitted), path)
 
     def _locate(self, _run: Run, index: int) -> Any:
         return self.module(index)
+
+    def _label(self, _place: Any, index: int) -> str:
+        return self.path(index)
 
     def _pick(self, value: Any) -> torch.Tensor:
         item = self._spot.item
@@ -89,10 +93,13 @@ class Shown(Access):
         self._flat = flat
 
     def _locate(self, run: Run, index: int) -> Any:
-        place = self.stack.place(self.module(index), self.name)
+        place = self.stack.place(self.module(index), self.name, index)
         run.start().see().watch(place)
         self._show(run, index, place)
         return place
+
+    def _label(self, place: OperationPlace, index: int) -> str:
+        return place.name
 
     def _show(self, run: Run, index: int, place: OperationPlace) -> None:
         shape = _Flat(self.stack.layer(index)) if self._flat else self._shape

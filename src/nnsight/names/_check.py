@@ -16,7 +16,7 @@ from ._access import Access, Operation, Whole
 from ._family import Attention, Spot
 from ._identities import Identities
 from ._shapes import HeadsFirst
-from ._terms import AXES, LAYER
+from ._terms import AXES, LAYER, MODULES
 from ._trial import trial, trial_inputs
 
 if TYPE_CHECKING:
@@ -39,11 +39,12 @@ class _Unreadable(Exception):
 def check_stack(names: Vocabulary, stack: Stack, fakes: Fakes | None, inputs: dict[str, Any] | None) -> dict[str, str]:
     """For each name that does not hold, what was found instead."""
     failures: dict[str, str] = {}
+    everything = [*AXES, *MODULES]
     try:
         given = inputs or trial_inputs(names.model, names.config)
     except (NamesError, AttributeError) as error:
-        return dict.fromkeys([*AXES, "layers", "unembed"], f"no trial forward could be made: {error}")
-    while True:
+        return dict.fromkeys(everything, f"no trial forward could be made: {error}")
+    for _ in everything:
         try:
             with trial(names.tree.instruments, given, fakes) as worker:
                 names.checking = worker.run
@@ -55,9 +56,10 @@ def check_stack(names: Vocabulary, stack: Stack, fakes: Fakes | None, inputs: di
             raise
         except Exception as error:
             reason = f"the trial forward failed with {type(error).__name__}: {error}"
-            return dict.fromkeys([*AXES, "layers", "unembed"], reason)
+            return dict.fromkeys(everything, reason)
         finally:
             names.checking = None
+    return failures
 
 
 class _Check:
@@ -68,7 +70,7 @@ class _Check:
         self._worker = worker
         self._failures = failures
         self._numbers = numbers
-        self._positions: int | None = None
+        self._sizes: dict[str, int] = {}
         self._identities = Identities(stack, self._fail)
 
     def all(self) -> None:
@@ -100,7 +102,7 @@ class _Check:
     def _layer(self, index: int) -> Values:
         values: Values = {}
         for name, access in self._accesses(index):
-            if name not in self._failures:
+            if _name(name) not in self._failures:
                 found = values[name] = self._read(name, access, index)
                 if name in AXES:
                     self._check_shape(name, found)
@@ -124,7 +126,9 @@ class _Check:
             if what == "result" and row is not None:
                 found.append((f"{name} projected", Access(stack, name, Spot.parse(f"{row.out}.output"))))
             elif name in ("attn_out", "cross_out", "mlp_out") and (norm := next(norms, None)) is not None:
-                found += [(f"{norm} {kind}", Access(stack, name, Spot.parse(f"{norm}.{kind}"))) for kind in _KINDS]
+                found += [
+                    (f"{name} {norm} {kind}", Access(stack, name, Spot.parse(f"{norm}.{kind}"))) for kind in _KINDS
+                ]
         return found
 
     def _rotated(self, prefix: str, row: Attention) -> list[tuple[str, Access]]:
@@ -151,7 +155,7 @@ class _Check:
         try:
             return access.read(self._worker, index)
         except NNsightError as error:
-            raise _Unreadable(name.partition(" ")[0], f"{access.path(index)} cannot be read: {error}") from None
+            raise _Unreadable(_name(name), f"{access.path(index)} cannot be read: {error}") from None
 
     def _whole(self, name: str, path: str) -> torch.Tensor | None:
         stack = self._stack
@@ -193,14 +197,18 @@ class _Check:
             self._fail([name], f"its shape was {list(shape)}, not {list(axes)}")
             return
         sizes = dict(zip(axes, shape, strict=True))
-        expected = {"batch": 1}
         if name == "resid_pre":
-            self._positions = sizes["pos"]
-        elif self._positions is not None and not name.startswith("cross_head"):
-            expected |= {axis: self._positions for axis in ("pos", "query", "key") if axis in sizes}
+            self._sizes = {**dict.fromkeys(("pos", "query", "key"), sizes["pos"]), "batch": sizes["batch"]}
+        of_encoder = ("pos", "key") if name.startswith("cross_head") else ()
+        expected = {axis: size for axis, size in self._sizes.items() if axis not in of_encoder}
         wrong = [axis for axis, size in expected.items() if sizes.get(axis, size) != size]
         if wrong:
             self._fail([name], f"its shape was {list(shape)}, where {wrong[0]} is {expected[wrong[0]]}")
+
+
+def _name(name: str) -> str:
+    """The name that something read beside it belongs to: `head_q` for `head_q unrotated`."""
+    return name.partition(" ")[0]
 
 
 def _access_at(stack: Stack, name: str, index: int) -> Access | None:

@@ -140,7 +140,7 @@ def opt(config: Any) -> Family:
         heads=replace(_SEPARATE, out="self_attn.out_proj"),
     )
     if config.word_embed_proj_dim != config.hidden_size:
-        row = replace(row, entry=("decoder.project_in", "decoder.embed_positions"), bridge=True)
+        row = replace(row, entry=("decoder.embed_positions", "decoder.project_in"), bridge=True)
     if before:
         return row
     norms = ("self_attn_layer_norm", "final_layer_norm")

@@ -58,26 +58,30 @@ class Identities:
         self._same([*added, "resid_post"], f"resid_pre + {' + '.join(added)} and resid_post {at}", total, post)
 
     def _post_norm(self, values: Values, added: Values) -> None:
-        total = values["resid_pre"]
-        for name, norm in zip(added, self._stack.row.norms, strict=False):
-            if f"{norm} input" not in values:
+        total, norms = values["resid_pre"], self._stack.row.norms
+        if len(norms) != len(added):
+            self._fail([*added], f"the row has {len(norms)} norms for the {len(added)} sums of a layer")
+            return
+        for name, norm in zip(added, norms, strict=True):
+            given, after = values.get(f"{name} {norm} input"), values.get(f"{name} {norm} output")
+            if given is None or after is None:
                 return
-            total = total + added[name]
-            self._same([name], f"the stream with {name} added and what {norm} is given", total, values[f"{norm} input"])
-            total = values[f"{norm} output"]
-            after = {"attn_out": "resid_mid", "mlp_out": "resid_post"}.get(name)
-            if after is not None and after in values:
-                self._same([after], f"what {norm} gives and {after}", total, values[after])
+            what = f"the stream with {name} added and what {norm} is given"
+            self._same([name], what, total + added[name], given)
+            total = after
+            stream = {"attn_out": "resid_mid", "mlp_out": "resid_post"}.get(name)
+            if stream is not None and stream in values:
+                self._same([stream], f"what {norm} gives and {stream}", total, values[stream])
 
     def heads(self, index: int, prefix: str, row: Attention, values: Values) -> None:
         """The heads' results are the attention's output; the pattern mixes the values; queries and keys are those used."""
         at = f"at layer {index}"
         result, projected = values.get(f"{prefix}result"), values.get(f"{prefix}result projected")
         if result is not None and projected is not None:
-            total = result.sum(-2)
-            bias = self._stack.module(index, row.out.split("."), f"{prefix}result")._parameters.get("bias")
-            if bias is not None:
-                total = total + bias.to(total)
+            projection = self._stack.module(index, row.out.split("."), f"{prefix}result")
+            mixed = values.get(f"{prefix}z")
+            bias = 0 if mixed is None else projection(torch.zeros_like(mixed[:1, :1].flatten(-2)))
+            total = result.sum(-2) + bias
             names = [f"{prefix}result", f"{prefix}z"]
             self._same(names, f"the heads' results with the bias and what the projection gives {at}", total, projected)
         pattern, z, v = (values.get(f"{prefix}{name}") for name in ("pattern", "z", "v"))

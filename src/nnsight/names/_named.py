@@ -11,7 +11,7 @@ from ..envoy import Envoy
 from ..errors import EditError
 from ._hooks import find_hook, is_hook
 from ._site import Site, find_site
-from ._terms import IN_LAYERS, IN_MLP
+from ._terms import IN_LAYERS, IN_MLP, MODULES
 from ._vocabulary import Vocabulary, knows_family
 
 
@@ -56,10 +56,13 @@ def _has(kind: type, name: str) -> bool:
 def find_named(envoy: Envoy, name: str) -> Envoy | None:
     """What a name of the vocabulary (`attn`, `router`) stands for below an envoy, None where it is none."""
     tree = envoy._tree
-    if (name not in IN_LAYERS and name not in IN_MLP) or not knows_family(tree):
+    at_root = envoy._module is tree.root
+    if name not in (MODULES if at_root else (*IN_LAYERS, *IN_MLP)) or not knows_family(tree):
         return None
     if tree.vocabulary is None:
         tree.vocabulary = Vocabulary(tree)
+    if at_root:
+        return getattr(tree.vocabulary.of(envoy), name)
     return tree.vocabulary.find(envoy, name)
 
 

@@ -102,12 +102,19 @@ class Stack:
         """Put `value` at layer `index`."""
         access.write(self._vocabulary.worker(access, index), index, value)
 
-    def place(self, owner: Module, what: str) -> OperationPlace:
+    def place(self, owner: Module, name: str, index: int) -> OperationPlace:
         """The place where a value of `owner` appears that is none of its own, the same every time."""
-        found = self._places.get((owner, what))
+        found = self._places.get((owner, name))
         if found is None:
-            found = self._places[owner, what] = OperationPlace(what, owner, owner, batch_first=True)
+            label = self.spelled(name, index)
+            found = self._places[owner, name] = OperationPlace(label, owner, owner, shown=True)
         return found
+
+    def spelled(self, name: str, index: int) -> str:
+        """How a block writes a value: `model.heads[3].z`."""
+        prefix, head, what = name.rpartition("head_")
+        at = f"{prefix}heads[{index}].{what}" if head else f"{name}[{index}]"
+        return f"model.{self.prefix}{at}"
 
     # --- modules ---------------------------------------------------------------------------------------------
 

@@ -171,6 +171,20 @@ class Vocabulary:
         for stack, name in promised.items():
             self.ensure(self.of_root().stacks[stack], name, None)
 
+    def check(self, **inputs: Any) -> None:
+        """Check all names now, on an input of yours: for a model that the trial forward's own input does not suit.
+
+        Raises:
+            NamesError: Some do not hold; the message has them all.
+        """
+        self.trial_inputs = inputs or None
+        for stack in self.stacks.values():
+            self._check(stack, None)
+            self._checked[stack.name] = self.tree.instruments.structure
+        if self.failures:
+            found = "\n".join(f"  {'.'.join(filter(None, name))}: {text}" for name, text in self.failures.items())
+            raise NamesError(f"The vocabulary does not hold for {self.kind}. On the input given,\n{found}")
+
     def ensure(self, stack: Stack, name: str, run: Run | None) -> None:
         """Refuse a name that does not hold on a trial forward, which is made once a model.
 

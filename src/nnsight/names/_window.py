@@ -34,9 +34,7 @@ class Window:
         self._interception = interception
         self._shown: dict[tuple[str, str], dict[int, Showing]] = {}
         self._patterns: dict[str, list[Any]] = {}
-        self._eager = Interception(None)
-        self._eager.only = frozenset({_DROPOUT})
-        self._eager.redirects[_DROPOUT] = self._redirect_dropout
+        self._eager: Interception | None = None
 
     def show(self, operation: str, kind: str, item: int, showing: Showing) -> None:
         """Show item `item` of what an operation is given, or gives."""
@@ -97,6 +95,10 @@ class Window:
         eager = eager_function(self._interception.owner)
         if eager is not function:
             args = (*args[:_MASK], eager_mask(*args[: _MASK + 1], kwargs), *args[_MASK + 1 :])
+        if self._eager is None:
+            self._eager = Interception(None)
+            self._eager.only = frozenset({_DROPOUT})
+            self._eager.redirects[_DROPOUT] = self._redirect_dropout
         return self._eager(eager), args, kwargs
 
     def _redirect_dropout(

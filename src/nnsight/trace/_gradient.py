@@ -247,10 +247,12 @@ def _make_backward(plain: Callable[..., None]) -> Callable[..., Any]:
     @functools.wraps(plain)
     def backward(self: torch.Tensor, *args: Any, **kwargs: Any) -> Any:
         worker = active.get()
-        if worker is None or current_pass() is not None or not is_entered(sys._getframe(1)):
+        if worker is None or current_pass() is not None:
             return plain(self, *args, **kwargs)
         if not self.requires_grad:
             raise GradientError(_NO_GRAPH)
+        if not is_entered(sys._getframe(1)):
+            return plain(self, *args, **kwargs)
         if self.numel() != 1 and not args and kwargs.get("gradient") is None:
             raise GradientError(_NOT_A_NUMBER.format(shape=list(self.shape)))
         return Backward(worker, self, lambda: plain(self, *args, **kwargs))
@@ -331,8 +333,9 @@ _in_a_block = (Replacement(torch.Tensor, "grad", _make_grad),)
 
 _NO_GRAPH = """\
 There is nothing to go back through: the loss does not require grad. Either the trace, or the lines that \
-compute the loss, run under torch.no_grad() or inference mode: open the trace with gradients on. Or every \
-parameter is frozen: call hidden.requires_grad_(True) on a value as soon as you have read it."""
+compute the loss, run under torch.no_grad() or inference mode: open the trace with gradients on. Or the \
+model's own code switches them off, as `generate` of transformers does: use trace(). Or every parameter is \
+frozen: call hidden.requires_grad_(True) on a value as soon as you have read it."""
 _NOT_A_NUMBER = """\
 backward() starts from one number, and this tensor has the shape {shape}: write `with \
 tensor.sum().backward():`, or give the gradient to start from, `with tensor.backward(gradient=g):`."""

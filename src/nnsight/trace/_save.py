@@ -4,7 +4,10 @@ from __future__ import annotations
 
 import warnings
 import weakref
-from typing import NamedTuple, TypeVar
+from collections.abc import Iterator
+from contextlib import contextmanager
+from contextvars import ContextVar
+from typing import Any, NamedTuple, TypeVar
 
 import torch
 
@@ -12,6 +15,19 @@ from .._core import Run, active, find_worker, tensors_in, user_frame
 from ..errors import SavedValueChangedWarning
 
 T = TypeVar("T")
+
+_collected: ContextVar[list[Any] | None] = ContextVar("nnsight_saves", default=None)
+
+
+@contextmanager
+def collecting_saves() -> Iterator[list[Any]]:
+    """Every value that is saved in this context, and in the blocks begun in it, goes into the list."""
+    saves: list[Any] = []
+    token = _collected.set(saves)
+    try:
+        yield saves
+    finally:
+        _collected.reset(token)
 
 
 class Saved(NamedTuple):
@@ -51,6 +67,9 @@ def save(value: T) -> T:
     Returns:
         `value` itself.
     """
+    saves = _collected.get()
+    if saves is not None:
+        saves.append(value)
     worker = active.get()
     if worker is not None and worker.instruments is None:
         worker = find_worker()
