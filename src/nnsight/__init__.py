@@ -8,6 +8,7 @@ from .envoy import Envoy as Envoy
 from .envoy import View as View
 from .modeling import LanguageModel as LanguageModel
 from .modeling import NNsight as NNsight
+from .modeling import TransformersModel as TransformersModel
 from .modeling import set_opener as _set_opener
 from .trace import Tracer as Tracer
 from .trace import save as save

@@ -35,6 +35,7 @@ from ._preserve import preserved_attributes as preserved_attributes
 from ._preserve import preserved_buffers as preserved_buffers
 from ._preserve import preserved_random_state as preserved_random_state
 from ._rows import Rows as Rows
+from ._rows import split_rows as split_rows
 from ._run import Call as Call
 from ._run import Run as Run
 from ._tensors import map_tensors as map_tensors

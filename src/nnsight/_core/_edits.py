@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import weakref
+from collections.abc import Iterable
 from types import CodeType, FrameType
 from typing import TYPE_CHECKING, Any, NamedTuple
 
@@ -63,6 +64,17 @@ class Copied(LateRead):
         return EditError(
             f"{self.path}, read at {self.line}, is a copy of the model's value, so changing it in place changes "
             f"nothing in the model. Assign the changed value instead ({self.path} = ...), or work on value.clone()."
+        )
+
+
+class Passed(LateRead):
+    """Rows of a batch that do not lie together in memory, after the model has gone on."""
+
+    def error(self) -> NNsightError:
+        return OutOfOrderError(
+            f"Value was missed: {self.path} is a copy of this invoke's rows, which do not lie together in memory, and it "
+            "was changed in place after the model had gone on from there, so that nothing in the model changed. Move the "
+            "change up to where the value is read, or work on value.clone()."
         )
 
 
@@ -217,6 +229,11 @@ class Edits:
             Copied(weakref.ref(tensor), tensor._version, path, line) for tensor in copies if not tensor.is_inference()
         ]
         self._fresh += copies
+
+    def note_passed(self, copies: Iterable[tuple[torch.Tensor, str]]) -> None:
+        """Remember copies that blocks were given of a value that the model leaves now."""
+        known = [(tensor, path) for tensor, path in copies if not tensor.is_inference()]
+        self.late_reads += [Passed(weakref.ref(tensor), tensor._version, path, "") for tensor, path in known]
 
     def check_late_reads(self) -> None:
         """Refuse in-place changes of values whose place had passed: they reach nothing."""

@@ -23,7 +23,7 @@ from ._order import explain_late
 from ._pass import Override, Pass
 from ._record import Recording, Recordings
 from ._replay import Replay
-from ._rows import Layout, Rows, take
+from ._rows import BATCH_FIRST, Layout, Rows, take
 from ._scoped import Scoped, join_parts, leave_parts, settle_parts
 from ._tensors import map_tensors
 from ._tuples import as_native
@@ -107,15 +107,9 @@ class Run:
             call = self._make_call()
             self.edits.begin(call)
             self.instruments.install()
+            begin = None if self.lone else self._begin
             self.main = Pass(
-                call,
-                self.instruments,
-                self.stepper,
-                self.modes,
-                self.overrides,
-                self._serve,
-                self._missed,
-                None if self.lone else self._begin,
+                call, self.instruments, self.stepper, self.modes, self.overrides, self._serve, self._missed, begin
             )
             self.main.hand_on = self.edits.leave
             if call.repeatable and not self.strict:
@@ -292,7 +286,7 @@ class Run:
         """The rows of `worker` in a value of the call number `index` of a place."""
         assert self.main is not None
         visit = Visit(place, kind, value, index, max(self.main.step, 0), self.main.call_in_step(place, index))
-        return take(value, self._layout(visit, kind, value, worker.rows.total), worker.rows, path, self.joins)
+        return take(value, self._layout(visit, kind, value, worker.rows), worker.rows, path, self.joins)
 
     def fail(self, error: BaseException) -> None:
         """Called by a deferred worker whose code raised: the run ends with this error."""
@@ -398,7 +392,7 @@ class Run:
         if self.joins:
             self._in_rows(self.joins.check)
         if visit.scoped is not None:
-            self._in_rows(leave_parts, visit)
+            self._in_rows(leave_parts, visit, self.edits)
         if visit.written or visit.lent is not None or visit.given is not None:
             self.edits.leave(visit)
 
@@ -413,20 +407,20 @@ class Run:
         if scoped is None:
             scoped = visit.scoped = {}
         if kind not in scoped:
-            scoped[kind] = Scoped(value, self._layout(visit, kind, value, rows.total), self.joins)
+            scoped[kind] = Scoped(value, self._layout(visit, kind, value, rows), self.joins)
         return scoped[kind]
 
-    def _layout(self, visit: Visit, kind: str, value: Any, total: int) -> Layout:
+    def _layout(self, visit: Visit, kind: str, value: Any, rows: Rows) -> Layout:
         call = self.call
         assert call is not None
         place = visit.place
         known = place.__class__ is OperationPlace and place.shown
         if known or place in call.batch_first or call.probe is None:
-            return dict.fromkeys(leaves_of(value), 0)
+            return dict.fromkeys(leaves_of(value), BATCH_FIRST)
         owner = self if call.fake else self.instruments
         if owner.layouts is None:
             owner.layouts = Layouts(self.instruments, self.stepper)
-        return owner.layouts.find(visit, kind, value, total, call.probe, self.overrides)
+        return owner.layouts.find(visit, kind, value, rows, call.probe, self.overrides)
 
     def _in_rows(self, step: Callable[..., None], *given: Any) -> None:
         try:

@@ -6,7 +6,7 @@ apart until the model goes on, or a block of the whole batch looks: then it is j
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
@@ -15,10 +15,11 @@ from ..errors import EditError, RowsError
 from ._aliases import RowsTensor
 from ._joins import Joins, Piece
 from ._leaves import leaves_of, map_leaves, restore
-from ._rows import SHARED, UNKNOWN, Layout, Rows, fit, pieces_of, take
+from ._rows import SHARED, UNKNOWN, Follow, Layout, Rows, fit, pieces_of, take
 from ._tensors import Mark, are_changed, constants_in, mark, snapshot
 
 if TYPE_CHECKING:
+    from ._edits import Edits
     from ._visit import Visit
     from ._worker import Worker
 
@@ -29,7 +30,7 @@ Leaves = dict[str, torch.Tensor]
 class _Part:
     """What one block sees of the value, and the tensors it put there."""
 
-    __slots__ = ("own", "path", "rows", "seen", "shared", "views")
+    __slots__ = ("copies", "own", "path", "rows", "seen", "shared", "views", "written")
 
     def __init__(self, rows: Rows, path: str) -> None:
         self.rows = rows
@@ -38,6 +39,8 @@ class _Part:
         self.seen: Any = None
         self.views: Leaves = {}
         self.shared: list[Mark] = []
+        self.copies: dict[str, Mark] = {}  # of rows that do not lie together in memory
+        self.written: list[str] = []  # those of them that were changed
 
 
 class _Joined(NamedTuple):
@@ -83,6 +86,8 @@ class Scoped:
             part.seen = map_leaves(lambda at, view: part.own.get(at, view), seen) if part.own else seen
             part.views = leaves_of(part.seen)
             part.shared = _mark(leaf for at, leaf in part.views.items() if self._layout[at] == SHARED)
+            copies = {at: leaf for at, leaf in part.views.items() if at not in part.own and self._is_copy(at, leaf)}
+            part.copies = {at: mark(leaf) for at, leaf in copies.items()}
         return part.seen
 
     def merge(self, worker: Worker, new: Any, path: str) -> None:
@@ -122,11 +127,21 @@ class Scoped:
             value = restore(value, self._native, leaves_of(value))
         return value, changed
 
+    def copies(self) -> Iterator[tuple[torch.Tensor, str]]:
+        """What blocks were given that shares no memory with the model: once it goes on, changes reach nothing."""
+        for part in self._parts.values():
+            for at in [*part.copies, *part.written]:
+                yield part.views[at], f"{part.path}{at}"
+
     def _part(self, worker: Worker, path: str) -> _Part:
         part = self._parts.get(worker)
         if part is None:
             part = self._parts[worker] = _Part(worker.rows, path)
         return part
+
+    def _is_copy(self, at: str, leaf: torch.Tensor) -> bool:
+        follows = self._layout[at] or ()
+        return any(follow.groups > 1 for follow in follows) and not _share_memory(leaf, self._tensors[at])
 
     def _has_parts(self) -> bool:
         return any(part.own for part in self._parts.values())
@@ -149,12 +164,18 @@ class Scoped:
     def _pieces(self, at: str) -> list[Piece]:
         """What the tensor there is made of, in order; nothing where nobody has put anything."""
         parts = [(part.rows, part.own[at]) for part in self._parts.values() if at in part.own]
-        return pieces_of(self._tensors[at], self._layout[at], parts) if parts else []
+        return pieces_of(self._tensors[at], self._follow_at(at), parts) if parts else []
+
+    def _follow_at(self, at: str) -> Follow:
+        follows = self._layout[at]
+        assert follows is not None  # a tensor was put there
+        return follows[0]
 
     def _join(self) -> Leaves:
         joined = {}
         for at, whole in self._tensors.items():
-            pieces, dim = self._pieces(at), self._layout.get(at, UNKNOWN)
+            pieces = self._pieces(at)
+            dim = self._follow_at(at).dim if pieces else 0
             joined[at] = torch.cat([p.tensor.narrow(dim, p.start, p.size) for p in pieces], dim) if pieces else whole
         return joined
 
@@ -166,6 +187,7 @@ class Scoped:
     def _follow(self) -> None:
         if self._joined is not None:
             self._follow_edits(self._joined)
+        self._keep_changed_copies()
         for worker, part in list(self._parts.items()):
             if part.seen is not None and _differ(now := leaves_of(part.seen), part.views):
                 kept = self._put(worker, part.seen, part.path)
@@ -176,6 +198,15 @@ class Scoped:
             self.replace(self.value)
         elif self._joined is None:
             self._exchange(self._tensors, now)
+
+    def _keep_changed_copies(self) -> None:
+        changed = [(p, at) for p in self._parts.values() for at, old in p.copies.items() if are_changed([old])]
+        if changed and self._joined is not None:
+            self._commit(self._joined)
+        for part, at in changed:
+            part.own[at] = part.views[at]
+            part.written.append(at)
+            del part.copies[at]
 
     def _follow_edits(self, joined: _Joined) -> None:
         """Let a joined value, and what it was made of, go on as one: both are held by somebody."""
@@ -211,7 +242,7 @@ class Scoped:
             whole = self._tensors[at]
             if tensor is whole:
                 continue
-            start, dim = 0, self._layout[at]
+            start, dim = 0, self._follow_at(at).dim
             for piece in self._pieces(at):
                 try:
                     piece.tensor.narrow(dim, piece.start, piece.size).copy_(tensor.narrow(dim, start, piece.size))
@@ -234,7 +265,7 @@ class Scoped:
     def _remember(self, joined: _Joined) -> None:
         for at, tensor in joined.leaves.items():
             if tensor is not self._tensors[at]:
-                self._joins.add(tensor, self._layout[at], self._pieces(at), self._path())
+                self._joins.add(tensor, self._follow_at(at).dim, self._pieces(at), self._path())
 
     def _path(self) -> str:
         assigned = [part.path for part in self._parts.values() if part.own]
@@ -261,18 +292,25 @@ def settle_parts(visit: Visit, worker: Worker) -> None:
         scoped.settle(worker)
 
 
-def leave_parts(visit: Visit) -> None:
+def leave_parts(visit: Visit, edits: Edits) -> None:
     """The model goes on from here."""
     scoped = (visit.scoped or {}).get(visit.kind)
     if scoped is not None:
+        copies = list(scoped.copies())
         value, changed = scoped.leave()
         if changed and not visit.written:
             visit.before, visit.written = visit.value, True
         visit.value = value
+        if copies:
+            edits.note_passed(copies)
 
 
 def _mark(tensors: Iterable[torch.Tensor]) -> list[Mark]:
     return [mark(tensor) for tensor in tensors]
+
+
+def _share_memory(one: torch.Tensor, other: torch.Tensor) -> bool:
+    return one.untyped_storage()._cdata == other.untyped_storage()._cdata
 
 
 def _differ(leaves: Leaves, before: Leaves) -> bool:

@@ -7,3 +7,4 @@ from ._language import LanguageModel as LanguageModel
 from ._portable import is_model_output as is_model_output
 from ._portable import put_together as put_together
 from ._portable import take_apart as take_apart
+from ._transformers import TransformersModel as TransformersModel

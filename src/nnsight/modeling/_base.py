@@ -107,7 +107,7 @@ class NNsight(Named):
         elsewhere = open_elsewhere(self, "trace", inputs, kwargs, strict_order=strict_order)
         if elsewhere is not None:
             return elsewhere
-        given = Given(inputs, {}) if inputs or self._gives_input(kwargs) else None
+        given = self._take_given(inputs, kwargs)
         if not trace:
             return self._prepare([given] if given else [], kwargs).call()
         return Tracer(
@@ -150,7 +150,7 @@ class NNsight(Named):
         elsewhere = open_elsewhere(self, "scan", inputs, kwargs, strict_order=strict_order)
         if elsewhere is not None:
             return elsewhere
-        given = Given(inputs, {}) if inputs or self._gives_input(kwargs) else None
+        given = self._take_given(inputs, kwargs)
         tracer = ScanTracer(
             self._tree,
             lambda givens: self._prepare(givens, kwargs),
@@ -189,9 +189,9 @@ class NNsight(Named):
             raise InputError(f"model.session() takes no {', '.join(options)}.")
         return Session(self._tree) if elsewhere is None else elsewhere
 
-    def _gives_input(self, kwargs: dict[str, Any]) -> bool:
-        """Whether the keyword arguments of a trace are themselves an input."""
-        return bool(kwargs)
+    def _take_given(self, inputs: tuple[Any, ...], kwargs: dict[str, Any]) -> Given | None:
+        """The input of the trace itself; what belongs to it is taken out of `kwargs`."""
+        return Given(inputs, {}) if inputs or kwargs else None
 
     def _prepare(self, givens: list[Given], kwargs: dict[str, Any]) -> Prepared:
         if not givens:
@@ -211,9 +211,12 @@ class NNsight(Named):
         if len(sizes) < 2:
             return None
         places = choose_rows(sizes)
-        return lambda rows: Call(
-            self._module, *select_rows((args, kwargs), [places[row] for row in rows], sum(sizes)), repeatable=False
-        )
+
+        def make(rows: list[int]) -> Call:
+            chosen = select_rows((args, kwargs), [places[row] for row in rows], sum(sizes))
+            return Call(self._module, *chosen, repeatable=False)
+
+        return Probe(make)
 
     # --- edits -----------------------------------------------------------------------------------------------
 

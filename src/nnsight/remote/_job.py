@@ -170,7 +170,7 @@ class JobWriter:
 
     def _part_of_model(self, value: Any) -> EnvoyNode | None:
         for number, model in enumerate(self._models):
-            if value is getattr(model, "_tokenizer", _ABSENT) and value is not None:
+            if value is getattr(model, "_processor", _ABSENT) and value is not None:
                 return EnvoyNode(number, "", "tokenizer")
             if value is getattr(model._module, "config", _ABSENT) and value is not None:
                 return EnvoyNode(number, "", "config")

@@ -74,5 +74,5 @@ def _key(model: NNsight) -> tuple[str, str | None]:
 def _refuse_own_parts(model: NNsight) -> None:
     if model._tree.classes is not None:
         raise TravelError("envoys= are classes of your own, which a server does not have: use the modules' own names.")
-    if isinstance(model, LanguageModel) and model._source is not None and model._has_own_tokenizer:
+    if isinstance(model, LanguageModel) and model._source is not None and model._has_own_processor:
         raise TravelError("A tokenizer of your own does not travel: give the trace token ids.")

@@ -66,5 +66,5 @@ def _served(model: NNsight) -> NNsight:
         return NNsight(model._model)
     source: Any = model._source
     if source is None:
-        return LanguageModel(model._model, tokenizer=model._tokenizer)
+        return LanguageModel(model._model, tokenizer=model._processor)
     return LanguageModel(source.name, **source.options)

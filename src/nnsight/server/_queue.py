@@ -106,7 +106,7 @@ class Queue:
         """How many jobs wait for each model."""
         waiting = select(jobs.c.model, func.count()).where(jobs.c.status == "queued").group_by(jobs.c.model)
         with self._store.begin() as db:
-            return {row[0]: row[1] for row in db.execute(waiting)}
+            return dict(row.tuple() for row in db.execute(waiting))
 
     def _own(self, db: Connection, owner: str, job: str) -> Any:
         row = db.execute(select(jobs).where(jobs.c.id == job, jobs.c.owner == owner)).one_or_none()

@@ -18,10 +18,10 @@ from .._core import (
     RESULT,
     Call,
     Line,
-    Rows,
     Run,
     Worker,
     describe_line,
+    split_rows,
     trim,
     user_line,
     worker_of,
@@ -149,12 +149,10 @@ class Tracer:
         assert self._prepare is not None
         if self._thread != get_ident():
             raise NotTracingError(OTHER_THREAD)
-        call, sizes = self._prepare(self._given)
+        call, sizes, attached = self._prepare(self._given)
         if len(self._owners) > 1:
-            start, total = 0, sum(sizes)
-            for worker, size in zip(self._owners, sizes, strict=True):
-                worker.rows = Rows(start, size, total)
-                start += size
+            for worker, rows in zip(self._owners, split_rows(sizes, attached), strict=True):
+                worker.rows = rows
         return call
 
     # --- values of the run -----------------------------------------------------------------------------------

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch.nn import Module
 
-from nnsight import LanguageModel, NNsight
+from nnsight import LanguageModel, NNsight, TransformersModel
 
 from ._family import Family, Inputs
 from .plain import Event, Leaves, copies_of
@@ -17,7 +17,7 @@ Given = tuple[tuple[Any, ...], dict[str, Any]]
 
 
 def wrap(family: Family, module: Module) -> NNsight:
-    return LanguageModel(module) if family.takes_text else NNsight(module)
+    return LanguageModel(module) if family.takes_text else TransformersModel(module)
 
 
 def given(family: Family, inputs: Inputs) -> Given:
