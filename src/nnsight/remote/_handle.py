@@ -124,7 +124,7 @@ class RemoteJob:
         headers = {"Idempotency-Key": uuid.uuid4().hex, "Content-Type": "application/octet-stream"}
         state = self._note(await self._connection.request("POST", "/v1/jobs", content=frame, headers=headers))
         while state.status not in ENDED:
-            where = f"/v1/jobs/{state.id}?after={state.next_event}&wait={_POLL}"
+            where = f"/v1/jobs/{state.id}?after={state.next_event}&known={state.status}&wait={_POLL}"
             state = self._note(await self._connection.request("GET", where))
         if state.status == "cancelled":
             raise JobCancelledError(f"The job {state.id} was cancelled.")

@@ -115,9 +115,9 @@ def make_app(service: Service) -> FastAPI:
         return _json(await run_in_threadpool(service.submit, user, key, body), 202)
 
     @app.get("/v1/jobs/{job}")
-    async def state(request: Request, job: str, after: int = 0, wait: float = 0.0) -> Response:
+    async def state(request: Request, job: str, after: int = 0, wait: float = 0.0, known: str = "") -> Response:
         user = await owner(request)
-        return _json(await _next_state(service, user, job, after, min(wait, _LONGEST_WAIT)))
+        return _json(await _next_state(service, user, job, after, known, min(wait, _LONGEST_WAIT)))
 
     @app.get("/v1/jobs/{job}/result")
     async def result(request: Request, job: str) -> Response:
@@ -132,13 +132,13 @@ def make_app(service: Service) -> FastAPI:
     return app
 
 
-async def _next_state(service: Service, owner: str, job: str, after: int, wait: float) -> JobState:
-    """The state of a job, as soon as there is news about it or `wait` seconds have passed."""
+async def _next_state(service: Service, owner: str, job: str, after: int, known: str, wait: float) -> JobState:
+    """The state of a job, as soon as it is another than the known one, or `wait` seconds have passed."""
     look: Callable[[], Any] = lambda: service.queue.state(owner, job, after)  # noqa: E731
     changed = service.news.expect(job)
     try:
         first = await run_in_threadpool(look)
-        if wait <= 0 or first.events or first.status in ENDED:
+        if wait <= 0 or first.events or first.status in ENDED or (known and first.status != known):
             return first
         with suppress(asyncio.TimeoutError):
             await asyncio.wait_for(changed.wait(), wait)
