@@ -124,7 +124,8 @@ numbers are compared with the plain model's, hooked by hand.
 def main() -> int:
     recorder = Recorder()
     folders = [str(ROOT / "tests" / "families"), *([str(VOCABULARY)] if VOCABULARY.exists() else [])]
-    arguments = ["-q", "-p", "no:cacheprovider", *folders, *sys.argv[1:]]
+    plugins = ["-p", "no:cacheprovider", "-p", "no:anyio"]  # anyio is imported by now, and pytest warns that it was
+    arguments = ["-q", *plugins, *folders, *sys.argv[1:]]
     code = pytest.main(arguments, plugins=[recorder])
     TABLE.write_text(render(cells(recorder)), "utf-8")
     print(f"wrote {TABLE.relative_to(ROOT)}")
