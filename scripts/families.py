@@ -6,6 +6,7 @@ tests/families/zoo give the reason why there is nothing to run.
 
 from __future__ import annotations
 
+import os
 import re
 import sys
 from collections.abc import Iterable
@@ -124,7 +125,8 @@ numbers are compared with the plain model's, hooked by hand.
 def main() -> int:
     recorder = Recorder()
     folders = [str(ROOT / "tests" / "families"), *([str(VOCABULARY)] if VOCABULARY.exists() else [])]
-    plugins = ["-p", "no:cacheprovider", "-p", "no:anyio"]  # anyio is imported by now, and pytest warns that it was
+    plugins = ["-p", "no:cacheprovider", "-p", "pytest_timeout"]
+    os.environ["PYTEST_DISABLE_PLUGIN_AUTOLOAD"] = "1"  # anyio is imported by now, and pytest would warn of that
     arguments = ["-q", *plugins, *folders, *sys.argv[1:]]
     code = pytest.main(arguments, plugins=[recorder])
     TABLE.write_text(render(cells(recorder)), "utf-8")
