@@ -1,8 +1,8 @@
 """A with-block's source, taken out of the user's frame as a portable Block and run later."""
 
+from ..errors import CaptureError as CaptureError
 from ._block import Block as Block
 from ._capture import capture as capture
-from ._errors import CaptureError as CaptureError
 from ._names import names_of as names_of
 from ._program import bind as bind
 from ._scope import Scope as Scope

@@ -3,9 +3,9 @@
 import ast
 from types import FrameType
 
+from ..errors import CaptureError
 from ._block import Block
 from ._cache import IdentityCache
-from ._errors import CaptureError
 from ._find import Entry, entry_at, matching_item
 from ._names import names_of, refuse_leaving
 from ._program import block_of

@@ -6,7 +6,7 @@ import sys
 from types import CodeType
 from typing import NamedTuple
 
-from ._errors import CaptureError
+from ..errors import CaptureError
 
 Place = tuple[int | None, ...]
 

@@ -7,8 +7,8 @@ from functools import lru_cache
 from types import CodeType, FunctionType
 from typing import Any
 
+from ..errors import CaptureError
 from ._block import Block, at_line
-from ._errors import CaptureError
 from ._flow import ANNOUNCE, WAIT, connect
 from ._names import function, in_class
 from ._scope import SCOPE, Scope

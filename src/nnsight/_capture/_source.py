@@ -12,8 +12,8 @@ from functools import cached_property
 from importlib.machinery import SourceFileLoader
 from types import CodeType, FrameType
 
+from ..errors import CaptureError
 from ._cache import IdentityCache
-from ._errors import CaptureError
 from ._text import Text
 
 FUTURES = __future__.annotations.compiler_flag  # all others are part of the language now

@@ -5,7 +5,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 
-from ._errors import CaptureError
+from ..errors import CaptureError
 
 STRINGS = (ast.Constant, ast.JoinedStr)
 

@@ -12,7 +12,7 @@ import torch
 from torch.nn import Module
 
 from .._core import as_native
-from ..errors import UnknownPathError
+from ..errors import EditError, UnknownPathError
 from ._source import Source, source_of
 from ._tree import Tree, unknown
 from ._values import Values
@@ -113,11 +113,15 @@ class Envoy(Values):
         return known
 
     def _renamed(self, name: str) -> Envoy | None:
-        aliases = self._tree.aliases
-        if aliases is None:
-            return None
-        path = aliases.find(self._module._modules, name, self._module is self._tree.root)
+        path = self._alias_of(name)
         return self._walk(path) if path else None
+
+    def _alias_of(self, name: str) -> str | None:
+        """The path of what a renamed module is here, None where `name` is no new name."""
+        aliases = self._tree.aliases
+        if aliases is None or name in self._module._modules:
+            return None
+        return aliases.find(self._module._modules, name, self._module is self._tree.root)
 
     def __getattr__(self, name: str) -> Any:
         if name.startswith("__") or "_module" not in self.__dict__:
@@ -146,6 +150,32 @@ class Envoy(Values):
     def _named(self, name: str) -> Envoy | None:
         find = self._tree.find_named
         return None if find is None else find(self, name)
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        if name.startswith("_") or hasattr(type(self), name) or "_module" not in self.__dict__:
+            object.__setattr__(self, name, value)
+        else:
+            self._set_other(name, value)
+
+    def _set_other(self, name: str, value: Any) -> None:
+        child = self._child(name) or self._renamed(name)
+        value = value._module if isinstance(value, Envoy) else value
+        if child is not None and not isinstance(value, Module):
+            raise EditError(
+                f"{child.path} is a module, and a {type(value).__name__} cannot stand for it. Assign to what it gives, "
+                f"{child.path}.output = ..., or to its .input."
+            )
+        if child is not None:
+            owner, _, own_name = (self._alias_of(name) or name).rpartition(".")
+            setattr(self._walk(owner)._module, own_name, value)
+        elif isinstance(value, Module) or hasattr(self._module, name):
+            setattr(self._module, name, value)
+        elif self._tree.find_worker() is not None and type(self).__module__.startswith(
+            __name__.partition(".")[0] + "."
+        ):
+            raise unknown(self, name, (*self._aliases(), *_public_names(type(self))))
+        else:
+            object.__setattr__(self, name, value)
 
     def _bind(self, method: Any) -> Any:
         @functools.wraps(method)
