@@ -192,7 +192,6 @@ MULTIMODAL = [
     tensors(
         *("clip", clip, clip_inputs),
         *("vision_model.encoder.layers", "self_attn", "visual_projection"),
-        refuses=(".output",),  # it compares every text with every image
         generate="a pair of encoders: it does not generate",
     ),
     replace(
@@ -200,5 +199,9 @@ MULTIMODAL = [
         decoder="model.decoder.layers",
     ),
     tensors("llava", llava, llava_inputs, "model.language_model.layers", "self_attn", "lm_head"),
-    tensors("qwen2_vl", qwen2_vl, qwen2_vl_inputs, "model.language_model.layers", "self_attn", "lm_head"),
+    tensors(
+        *("qwen2_vl", qwen2_vl, qwen2_vl_inputs, "model.language_model.layers", "self_attn", "lm_head"),
+        # Where each image begins among all patches, and tables that images of one size have alike.
+        refuses=("model.visual.blocks.*.input", "model.visual.rotary_pos_emb.*"),
+    ),
 ]
