@@ -6,7 +6,6 @@ tests/families/zoo give the reason why there is nothing to run.
 
 from __future__ import annotations
 
-import os
 import re
 import sys
 from collections.abc import Iterable
@@ -55,7 +54,7 @@ class Recorder:
 
     def pytest_runtest_logreport(self, report: pytest.TestReport) -> None:
         cell = self._cells.get(report.nodeid)
-        if cell is None or (report.passed and report.when != "call"):
+        if cell is None or report.skipped or (report.passed and report.when != "call"):
             return
         self.outcomes.setdefault(cell, []).append(report.passed)
         for name, value in report.user_properties:
@@ -64,8 +63,16 @@ class Recorder:
 
 
 def _without_numbers(place: str) -> str:
-    place = re.sub(r"\b\d+\b", "*", place).rpartition(".")[0]
-    return place or "the model's own output"
+    return re.sub(r"\b\d+\b", "*", place) if place != ".output" else "the model's own output"
+
+
+def _describe(refused: Iterable[str]) -> str:
+    """Places with both their input and their output without the difference."""
+    places = set(refused)
+    both = {place.removesuffix(".input") for place in places if f"{place.removesuffix('.input')}.output" in places}
+    rest = {place for place in places if place.rpartition(".")[0] not in both}
+    names = sorted(both | rest)
+    return ", ".join(name if " " in name else f"`{name}`" for name in names)
 
 
 def cells(recorder: Recorder) -> dict[str, dict[str, Cell]]:
@@ -80,8 +87,8 @@ def _cell(recorder: Recorder, family: str, capability: str) -> Cell:
         return Cell(FAILED, "no test ran") if reason is None else Cell(NOTHING, reason)
     if not all(outcomes):
         return Cell(FAILED, f"{outcomes.count(False)} of {len(outcomes)} tests failed")
-    refused = sorted(recorder.refused.get(family, ())) if capability == "batched" else []
-    return Cell(PASSED, f"refused by name in an invoke: {', '.join(f'`{r}`' for r in refused)}" if refused else "")
+    refused = recorder.refused.get(family) if capability == "batched" else None
+    return Cell(PASSED, f"refused by name in an invoke: {_describe(refused)}" if refused else "")
 
 
 def render(table: dict[str, dict[str, Cell]]) -> str:
@@ -125,9 +132,8 @@ numbers are compared with the plain model's, hooked by hand.
 def main() -> int:
     recorder = Recorder()
     folders = [str(ROOT / "tests" / "families"), *([str(VOCABULARY)] if VOCABULARY.exists() else [])]
-    plugins = ["-p", "no:cacheprovider", "-p", "pytest_timeout"]
-    os.environ["PYTEST_DISABLE_PLUGIN_AUTOLOAD"] = "1"  # anyio is imported by now, and pytest would warn of that
-    arguments = ["-q", *plugins, *folders, *sys.argv[1:]]
+    quiet = ("-q", "-p", "no:cacheprovider", "-W", "ignore::pytest.PytestAssertRewriteWarning")
+    arguments = [*quiet, *folders, *sys.argv[1:]]
     code = pytest.main(arguments, plugins=[recorder])
     TABLE.write_text(render(cells(recorder)), "utf-8")
     print(f"wrote {TABLE.relative_to(ROOT)}")

@@ -111,7 +111,7 @@ class Needs:
         if found is not None:
             return torch.device(found)
         tensor = next(chain(self._module.parameters(), self._module.buffers()), None)
-        return None if tensor is None else tensor.device
+        return None if tensor is None or tensor.is_meta else tensor.device  # a scan needs the inputs' whole numbers
 
 
 @functools.cache

@@ -128,7 +128,7 @@ class Reader:
         if is_array(first):
             audio = self._main in ("input_values", "input_features")
             return "audio" if audio else "images" if first.ndim > 2 or self._main == "pixel_values" else None
-        return "audio" if isinstance(first, float) else None
+        return "audio" if isinstance(first, float) and first is not value else None
 
     def _sorted(self, values: tuple[Any, ...], kinds: list[str | None], raw: dict[str, Any]) -> dict[str, Any]:
         """Positional and named raw inputs of one call of the processor."""

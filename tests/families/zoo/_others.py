@@ -192,7 +192,6 @@ MULTIMODAL = [
     tensors(
         *("clip", clip, clip_inputs),
         *("vision_model.encoder.layers", "self_attn", "visual_projection"),
-        refuses=(".output",),  # it compares every text with every image
         generate="a pair of encoders: it does not generate",
     ),
     replace(
@@ -202,7 +201,7 @@ MULTIMODAL = [
     tensors("llava", llava, llava_inputs, "model.language_model.layers", "self_attn", "lm_head"),
     tensors(
         *("qwen2_vl", qwen2_vl, qwen2_vl_inputs, "model.language_model.layers", "self_attn", "lm_head"),
-        # where the images begin in the row of all patches, and numbers of patches that are the same in each image
+        # Where each image begins among all patches, and tables that images of one size have alike.
         refuses=("model.visual.blocks.*.input", "model.visual.rotary_pos_emb.*"),
     ),
 ]
