@@ -274,8 +274,9 @@ class Instruments:
     def _hand_over(self) -> None:
         # What stands in modules that other trees with a run have too is theirs from now on.
         for container in self._always:
-            if container.slots.get("forward") is container.replacement:
-                self._replaced[container.module] = (container.replacement, None)
+            replacement = container.replacement
+            if replacement is not None and container.slots.get("forward") is replacement:
+                self._replaced[container.module] = (replacement, None)
         for other in _live:
             shared = other._all_modules()
             for module in shared & self._replaced.keys():

@@ -59,7 +59,9 @@ def _of_heads(stack: Stack, name: str, row: Attention, what: str) -> Access:
         return _pattern(stack, name, row)
     text = getattr(row, what)
     if text is None:
-        raise NamesError(f"{stack.kind} has no {name}: it has no rotary embedding, so {name.removesuffix('_rot')} is all.")
+        raise NamesError(
+            f"{stack.kind} has no {name}: it has no rotary embedding, so {name.removesuffix('_rot')} is all."
+        )
     if what in ("q_rot", "k_rot"):
         return Operation(stack, name, row, Spot.parse(text), HeadsFirst())
     return InAttention(stack, name, row, Spot.parse(text), _split(stack, row, what))

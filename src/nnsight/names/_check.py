@@ -126,7 +126,9 @@ class _Check:
             if what == "result" and row is not None:
                 found.append((f"{name} projected", Access(stack, name, Spot.parse(f"{row.out}.output"))))
             elif name in ("attn_out", "cross_out", "mlp_out") and (norm := next(norms, None)) is not None:
-                found += [(f"{name} {norm} {kind}", Access(stack, name, Spot.parse(f"{norm}.{kind}"))) for kind in _KINDS]
+                found += [
+                    (f"{name} {norm} {kind}", Access(stack, name, Spot.parse(f"{norm}.{kind}"))) for kind in _KINDS
+                ]
         return found
 
     def _rotated(self, prefix: str, row: Attention) -> list[tuple[str, Access]]:

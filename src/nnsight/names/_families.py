@@ -18,9 +18,7 @@ _SEPARATE = Attention(
     k="self_attn.k_proj.output",
     v="self_attn.v_proj.output",
 )
-_ROTATED = replace(
-    _SEPARATE, q_rot="@apply_rotary_pos_emb_0.output[0]", k_rot="@apply_rotary_pos_emb_0.output[1]"
-)
+_ROTATED = replace(_SEPARATE, q_rot="@apply_rotary_pos_emb_0.output[0]", k_rot="@apply_rotary_pos_emb_0.output[1]")
 
 
 def _fused(module: str, projection: str, out: str, **options: Any) -> Attention:
@@ -28,6 +26,7 @@ def _fused(module: str, projection: str, out: str, **options: Any) -> Attention:
     return Attention(module=module, out=f"{module}.{out}", q=spot, k=spot, v=spot, **options)
 
 
+_GPT2_HEADS = _fused("attn", "c_attn", "c_proj", split="blocks")
 GPT2 = Family(
     layers="h",
     embed="wte",
@@ -40,7 +39,7 @@ GPT2 = Family(
     attn_out="attn.output",
     mlp_out="mlp.output",
     neurons="mlp.c_proj.input",
-    heads=_fused("attn", "c_attn", "c_proj", split="blocks"),
+    heads=_GPT2_HEADS,
 )
 
 LLAMA = Family(
@@ -71,7 +70,7 @@ _EXPERTS_ONLY = {"neurons": "its MLPs are mixtures, whose experts have neurons o
 
 def gpt2(config: Any) -> Family:
     if config.reorder_and_upcast_attn and config._attn_implementation == "eager":
-        return replace(GPT2, heads=replace(GPT2.heads, pattern="attn.attn_dropout.input", call=None))
+        return replace(GPT2, heads=replace(_GPT2_HEADS, pattern="attn.attn_dropout.input", call=None))
     return GPT2
 
 
@@ -197,9 +196,7 @@ def _falcon_heads(config: Any) -> Attention:
         heads = replace(heads, split="blocks", kv_heads=1)
     product = "sdpa:torch_nn_functional_scaled_dot_product_attention_"
     if config.alibi:
-        return replace(
-            heads, pattern={"sdpa": f"{product}1", "eager": "self_attention.attention_dropout.input"}
-        )
+        return replace(heads, pattern={"sdpa": f"{product}1", "eager": "self_attention.attention_dropout.input"})
     return replace(
         heads,
         q_rot="@apply_rotary_pos_emb_0.output[0]",
@@ -212,9 +209,7 @@ PHI3 = replace(
     LLAMA,
     attn_out="resid_attn_dropout.output",
     mlp_out="resid_mlp_dropout.output",
-    heads=_fused(
-        *("self_attn", "qkv_proj", "o_proj"), split="blocks", q_rot=_ROTATED.q_rot, k_rot=_ROTATED.k_rot
-    ),
+    heads=_fused(*("self_attn", "qkv_proj", "o_proj"), split="blocks", q_rot=_ROTATED.q_rot, k_rot=_ROTATED.k_rot),
 )
 
 OLMO2 = replace(_SANDWICH, resid_mid="mlp.input", head="unembedded", heads=replace(_ROTATED, normed=True))

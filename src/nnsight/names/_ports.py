@@ -85,7 +85,13 @@ class Port:
         return _show_all(current, self._taken, result)
 
     def _show_results(
-        self, current: Pass, plain: Function, mixed: torch.Tensor, output: torch.Tensor, place: OperationPlace, heads: int
+        self,
+        current: Pass,
+        plain: Function,
+        mixed: torch.Tensor,
+        output: torch.Tensor,
+        place: OperationPlace,
+        heads: int,
     ) -> torch.Tensor:
         results, bias = split_projection(self._owner, plain, mixed, heads)
         version = None if results.is_inference() else results._version

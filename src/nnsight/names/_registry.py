@@ -9,8 +9,6 @@ from ..errors import InputError, NamesError
 from ._families import TABLE, Rows
 from ._family import Family
 
-
-
 _own: dict[str, Rows] = {}
 
 

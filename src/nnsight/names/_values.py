@@ -45,7 +45,9 @@ class LayerValues:
 
     def __setitem__(self, index: int, value: Any) -> None:
         if isinstance(index, slice):
-            raise EditError(f"{self!r} is assigned layer by layer: for i in range(...): model.{self._access.name}[i] = v")
+            raise EditError(
+                f"{self!r} is assigned layer by layer: for i in range(...): model.{self._access.name}[i] = v"
+            )
         self._stack.write(self._access, self._stack.number(index), value)
 
     def __len__(self) -> int:
