@@ -5,6 +5,7 @@
 #   make check    lint, types and tests: what a change must pass
 #   make lint     ruff and pyright alone
 #   make bench    what tracing costs
+#   make families run the tests of every family of models, and write docs/families.md from what they showed
 #   make clean    remove .venv and the caches
 #
 # PYTHON=... names the interpreter .venv is made with.
@@ -16,7 +17,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 MAKEFLAGS += --no-print-directory
 
-.PHONY: demo test check lint bench clean
+.PHONY: demo test check lint bench families clean
 
 demo: $(VENV)/.demo
 	$(BIN)/nnsight demo
@@ -34,6 +35,9 @@ lint: $(VENV)/.dev
 bench: $(VENV)/.demo
 	@test -f benchmarks/trace_overhead.py || { echo "there are no benchmarks yet" >&2; exit 1; }
 	$(BIN)/python benchmarks/trace_overhead.py
+
+families: $(VENV)/.dev
+	$(BIN)/python scripts/families.py
 
 clean:
 	rm -rf $(VENV) build dist htmlcov .coverage .hypothesis .pytest_cache .ruff_cache
@@ -55,7 +59,7 @@ $(VENV)/.demo: $(VENV)/.python pyproject.toml constraints.txt
 	@touch $@
 
 $(VENV)/.dev: $(VENV)/.python pyproject.toml constraints.txt
-	$(call install,dev$(comma)plots)
+	$(call install,dev$(comma)plots$(comma)server)
 	@touch $(VENV)/.demo $@
 
 # The pins are of releases for Python 3.11 and newer; 3.10 takes the newest releases it has.

@@ -8,12 +8,12 @@ hits both.  The peer's environment (`.venv-peer`) is made on first use.
 
 import argparse
 import json
+import os
 import statistics
 import sys
-import time
 import warnings
 
-from _pair import LANDMARKS, ROOT, Worker, peer_python
+from _pair import CLOCK, LANDMARKS, ROOT, Worker, clock, peer_python
 
 GOAL = 1 / 3  # of the peer's cost, on every line
 
@@ -144,7 +144,6 @@ def work(folder):
     """Answer each line `[model, case, pairs]` with the seconds that hooks and traces took, call by call."""
     answers, sys.stdout = sys.stdout, sys.stderr  # a library that prints must not break the protocol
     subjects = make_subjects(folder)
-    clock = time.perf_counter
     for name, (model, module, layers, x) in subjects.items():
         for case in CASES:
             check(model, module, layers, x, name, case)
@@ -215,6 +214,7 @@ def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--rounds", type=int, default=40)
     parser.add_argument("--peer-python", help="an interpreter that has the peer installed")
+    parser.add_argument("--cpu", action="store_true", help="measure processor time, where the machine is busy")
     parser.add_argument("--no-peer", action="store_true", help="measure this package alone")
     parser.add_argument("--model", default=str(LANDMARKS) if LANDMARKS.is_dir() else "", help="a GPT-2 model's folder")
     parser.add_argument("--worker", action="store_true", help=argparse.SUPPRESS)
@@ -222,6 +222,8 @@ def main():
     if options.worker:
         work(options.model)
         return
+    if options.cpu:
+        os.environ[CLOCK] = "cpu"
     workers = {"ours": Worker(__file__, sys.executable, options.model, ROOT / "src")}
     if not options.no_peer:
         workers["peer"] = Worker(__file__, peer_python(options.peer_python), options.model)

@@ -2,7 +2,11 @@
 
 import os
 import shutil
+import subprocess
+import sys
 import tempfile
+import time
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -48,6 +52,51 @@ def gpt2(hub_cache: Path) -> "LanguageModel":
     from nnsight import LanguageModel
 
     return LanguageModel("openai-community/gpt2")
+
+
+class Server:
+    """`nnsight serve` in a process of its own."""
+
+    def __init__(self, folder: Path, names: tuple[str, ...], options: tuple[str, ...]) -> None:
+        access = () if "--api-keys" in options else ("--no-auth-on-loopback",)
+        command = [sys.executable, "-m", "nnsight", "serve", *names, "--port", "0", "--data", str(folder)]
+        self.process = subprocess.Popen([*command, *access, *options], stdout=subprocess.PIPE, text=True)
+        assert self.process.stdout is not None
+        line = self.process.stdout.readline()
+        assert line.startswith("nnsight serves at "), line
+        self.host = line.split()[-1]
+
+    def wait_for(self, *names: str, seconds: float = 280) -> None:
+        """Until these models take jobs."""
+        import nnsight
+
+        deadline = time.monotonic() + seconds
+        while not all(nnsight.is_model_running(name) for name in names):
+            assert time.monotonic() < deadline
+            assert self.process.poll() is None
+            time.sleep(0.1)
+
+    def close(self) -> None:
+        self.process.terminate()
+        self.process.wait(30)
+        assert self.process.stdout is not None
+        self.process.stdout.close()
+
+
+@pytest.fixture(scope="session")
+def start_server(hub_cache: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Callable[..., Server]]:
+    """Starts servers, which end with the tests: `start_server("gpt2", "--trusted")`."""
+    servers: list[Server] = []
+
+    def start(*arguments: str, folder: Path | None = None) -> Server:
+        first = next((i for i, argument in enumerate(arguments) if argument.startswith("--")), len(arguments))
+        folder = folder or tmp_path_factory.mktemp("server")
+        servers.append(Server(folder, arguments[:first], arguments[first:]))
+        return servers[-1]
+
+    yield start
+    for server in servers:
+        server.close()
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:

@@ -48,7 +48,7 @@ HOMES = {
     "transformers": ("modeling",),
     "accelerate": ("modeling",),
     "tokenizers": ("modeling",),
-    "huggingface_hub": ("modeling",),
+    "huggingface_hub": ("modeling", "experiments"),
     "PIL": ("modeling",),
     "diffusers": ("modeling/diffusion",),
     "vllm": ("modeling/vllm",),
@@ -61,12 +61,15 @@ HOMES = {
     "ray": ("server",),
     "numpy": ("experiments", "plots"),
     "pandas": ("experiments",),
+    "tqdm": ("experiments",),
     "matplotlib": ("plots",),
 }
 # What may be imported inside a function: a heavy or optional library, and our own folders that need one.
 DEFERRED = {
     *("transformers", "accelerate", "diffusers", "vllm", "PIL", "pandas", "matplotlib", "uvicorn", "ray"),
+    *("huggingface_hub", "torch.nn.attention.flex_attention"),  # the latter brings the compiler with it
     *("nnsight.plots", "nnsight.server", "nnsight.modeling.vllm"),
+    "torch.nn.attention.flex_attention",  # it loads the compiler
 }
 
 FOLDERS = {

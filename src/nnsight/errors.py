@@ -17,6 +17,13 @@ NNsightError
 ├── InputError (TypeError, ValueError) an input the model cannot take
 ├── LoadError                         a model or tokenizer cannot be loaded
 ├── CaptureError                      a deferred block cannot be taken from its source
+├── RemoteError                       something about remote execution
+│   ├── TravelError (TypeError)       a value that cannot be sent
+│   ├── NotSavedError (NameError)     a name of a remote block is used later and was not saved
+│   ├── ProtocolError (ValueError)    bytes that are no message
+│   ├── ServerError                   the server cannot be reached, or refuses
+│   ├── RemoteTimeoutError (TimeoutError)
+│   └── JobCancelledError             the job was cancelled
 └── SourceError                       a function has no readable operations
 """
 
@@ -93,6 +100,34 @@ class CaptureError(NNsightError, RuntimeError):
 
 class SourceError(NNsightError, RuntimeError):
     """A function whose operations cannot be listed or intercepted."""
+
+
+class RemoteError(NNsightError, RuntimeError):
+    """Root of what can go wrong about remote execution itself."""
+
+
+class TravelError(RemoteError, TypeError):
+    """A value that cannot be sent to a server, or back."""
+
+
+class NotSavedError(RemoteError, NameError):
+    """A name bound in a remote block is used after it, and was not saved there."""
+
+
+class ProtocolError(RemoteError, ValueError):
+    """Bytes that are no message of the protocol, or of another version."""
+
+
+class ServerError(RemoteError):
+    """The server cannot be reached, refuses the job, or lost it."""
+
+
+class RemoteTimeoutError(RemoteError, TimeoutError):
+    """The job took longer than its `timeout`."""
+
+
+class JobCancelledError(RemoteError):
+    """The job was cancelled before it was done."""
 
 
 class NNsightWarning(UserWarning):

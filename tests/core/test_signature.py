@@ -38,3 +38,18 @@ def test_the_signature_of_forward_is_the_modules_own() -> None:
         seen.append(inspect.signature(net.child.forward))
     assert torch.equal(child, x * 3)
     assert seen == [inspect.signature(Doubler().forward)]
+
+
+def test_the_signature_of_an_instances_own_forward() -> None:
+    net = Chooser()
+
+    def own(x: Tensor, factor: float = 5.0, *, more: bool = False) -> Tensor:
+        return x * factor
+
+    net.child.forward = own
+    model = NNsight(net)
+    seen: list[Any] = []
+    with model.trace(torch.ones(2, 3)):
+        assert torch.equal(model.child.output, torch.ones(2, 3) * 3)
+        seen.append(inspect.signature(net.child.forward))
+    assert seen == [inspect.signature(own)]

@@ -1,5 +1,7 @@
 """Outside a trace the model is what it was: no hooks, no replaced forwards, whatever ended the trace."""
 
+import copy
+import pickle
 import sys
 import threading
 import warnings
@@ -621,6 +623,26 @@ class TestUnusualModules:
             net[1].forward = own
         assert vars(net[1])["forward"] is own
         assert not net(x).any()
+
+
+    @pytest.mark.parametrize("duplicate", [copy.deepcopy, lambda net: pickle.loads(pickle.dumps(net))])
+    def test_a_copy_made_in_the_body_is_a_model_of_its_own(self, x, duplicate):
+        net = Net()
+        model = NNsight(net)
+        with model.trace(x):
+            model.blocks[0].lin.output
+            twin = duplicate(net)
+        with torch.no_grad():
+            for parameter in twin.parameters():
+                parameter.zero_()
+        assert not twin(x).any()
+        assert net(x).any()
+        with NNsight(twin).trace(x):
+            pass
+        again = NNsight(twin)
+        with again.trace(x):
+            hidden = again.blocks[0].lin.output
+        assert not hidden.any()
 
 
 def scripted(module):

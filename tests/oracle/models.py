@@ -251,7 +251,10 @@ class Site:
     width: int
     order: int  # where in the forward
     safe: bool  # an in-place change does not break the gradients of what made it
+    differentiable: bool  # something before it has parameters
     fresh: bool  # a module has just made this tensor, so that only what follows here has it
+    memory: int  # places with the same number have the same tensor, or views of it
+    made_of: frozenset[int]  # memories whose gradients come through this one
 
     @property
     def event(self) -> tuple[str, str]:
@@ -266,7 +269,6 @@ class Spec:
     make: Callable[[], nn.Module]
     sequences: bool
     tokens: bool = False
-    differentiable: bool = True
     cached: bool = False
     features: int = 4
 
@@ -295,10 +297,10 @@ SPECS = {
     spec.name: spec
     for spec in (
         Spec("mlp", MLP, sequences=False),
-        Spec("in_place", InPlace, sequences=False, differentiable=False),
+        Spec("in_place", InPlace, sequences=False),
         Spec("router", Router, sequences=True),
         Spec("pairs", Pairs, sequences=False),
-        Spec("recurrent", Recurrent, sequences=True, differentiable=False),
+        Spec("recurrent", Recurrent, sequences=True),
         Spec("decoder", Decoder, sequences=True, tokens=True),
         Spec("gpt2", gpt2, sequences=True, tokens=True, cached=True),
         Spec("llama", llama, sequences=True, tokens=True, cached=True),
@@ -324,6 +326,8 @@ def _events(name: str) -> dict[tuple[str, str], int]:
 @functools.cache
 def _sites(name: str) -> tuple[Site, ...]:
     found, met = [], []
+    numbers: dict[int, int] = {}
+    nodes: list[tuple[int, Any]] = []
     for order, ((path, kind), value) in enumerate(_observe(name).items()):
         tensors = _items(value)
         storages = {tensor.untyped_storage().data_ptr() for _, tensor in tensors}
@@ -333,7 +337,13 @@ def _sites(name: str) -> tuple[Site, ...]:
         for item, tensor in tensors:
             layout = _layout_of(tensor)
             if layout is not None:
-                found.append(Site(path, kind, item, layout, tensor.shape[-1], order, safe, fresh))
+                memory = numbers.setdefault(tensor.untyped_storage().data_ptr(), len(numbers))
+                needs_grad = tensor.requires_grad
+                made_of = frozenset(m for m, node in nodes if needs_grad and node in ancestors(tensor.grad_fn))
+                nodes.append((memory, tensor.grad_fn))
+                found.append(
+                    Site(path, kind, item, layout, tensor.shape[-1], order, safe, needs_grad, fresh, memory, made_of)
+                )
     return tuple(found)
 
 
@@ -351,11 +361,21 @@ def _observe(name: str) -> dict[tuple[str, str], Any]:
 
         handles.append(inner.register_forward_pre_hook(before, with_kwargs=True))
         handles.append(inner.register_forward_hook(after))
-    with torch.no_grad():
-        module(*spec.inputs(0, _ROWS, _LENGTH))
+    module(*spec.inputs(0, _ROWS, _LENGTH))
     for handle in handles:
         handle.remove()
     return values
+
+
+def ancestors(node: Any) -> set[Any]:
+    """The nodes of autograd's graph that backward comes to from `node`, itself among them."""
+    seen, stack = set(), [node]
+    while stack:
+        node = stack.pop()
+        if node is not None and node not in seen:
+            seen.add(node)
+            stack += [following for following, _ in node.next_functions]
+    return seen
 
 
 def _items(value: Any) -> list[tuple[tuple[int, ...], torch.Tensor]]:

@@ -1,6 +1,9 @@
 """How many examples are drawn: the same ones in every run, or more and other ones in the long profile.
 
-The long profile: `NNSIGHT_ORACLE=long pytest tests/oracle`.
+The long profile draws 25 times as many, or as often as the variable says, from a seed of its own or a given one:
+
+    NNSIGHT_ORACLE=long pytest tests/oracle
+    NNSIGHT_ORACLE=5 pytest tests/oracle -k gradients --hypothesis-seed=7
 """
 
 from __future__ import annotations
@@ -9,12 +12,14 @@ import os
 
 from hypothesis import HealthCheck, Phase, settings
 
-LONG = os.environ.get("NNSIGHT_ORACLE") == "long"
+ASKED = os.environ.get("NNSIGHT_ORACLE", "")
+LONG = bool(ASKED)
+TIMES = 25 if ASKED == "long" else int(ASKED or 1)
 
 
 def profile(examples: int) -> settings:
     return settings(
-        max_examples=examples * (25 if LONG else 1),
+        max_examples=examples * TIMES,
         derandomize=not LONG,
         deadline=None,
         database=None,

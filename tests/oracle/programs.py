@@ -171,6 +171,8 @@ class _Drawing:
         self.grad = family.gradients or self.chance(2)
         self.bound: list[dict[str, tuple[Action, int, int | None]]] = []
         self.captured: set[tuple[str, str]] = set()
+        self.assigned: list[tuple[Site, int | None]] = []
+        self.in_place: list[Site] = []
         self.skipped: str | None = None
         self.number = 0
         self.warm = self.pick(("", "", "single", "batch"))
@@ -299,7 +301,7 @@ class _Drawing:
         fitting = [
             s
             for s in self.sites
-            if s.kind == "input" and s.path in outputs and s.path and self.may_skip(s.path)
+            if s.kind == "input" and s.path in outputs and s.path and self.may_skip(s)
             and (outputs[s.path].item, outputs[s.path].layout, outputs[s.path].width) == ((), s.layout, s.width)
         ]  # fmt: skip
         if not fitting:
@@ -309,9 +311,12 @@ class _Drawing:
         self.skipped = site.path
         self.sites = [s for s in self.sites if not (site.order < s.order < end)]
 
-    def may_skip(self, path: str) -> bool:
-        """Not what fills a model's cache: the number of tokens so far is read from there."""
-        return not (self.family.generates and self.spec.cached) or path.endswith(("mlp", "norm", "ln_1", "ln_2"))
+    def may_skip(self, site: Site) -> bool:
+        if self.family.gradients and not site.differentiable:
+            return False
+        # Not what fills a model's cache: the number of tokens so far is read from there.
+        fills = self.family.generates and self.spec.cached
+        return not fills or site.path.endswith(("mlp", "norm", "ln_1", "ln_2"))
 
     def who_takes_gradients(self, owners: list[int | None]) -> set[int]:
         if not self.family.gradients:
@@ -336,8 +341,8 @@ class _Drawing:
         capturing = None
         loss = self.loss_site() if taking else None
         if loss is not None:
-            outputs = [s for s in self.sites if s.kind == "output" and s.order < loss.order]
-            capturing = sorted({self.pick(outputs) for _ in range(2)}, key=lambda s: s.order)
+            before = [s for s in self.sites if s.order < loss.order and self.may_capture(s, owner)]
+            capturing = self.draw_captures(before)
             picked = sorted([*picked, *capturing], key=lambda s: s.order)
         for site in picked:
             if capturing and site in capturing:
@@ -388,7 +393,10 @@ class _Drawing:
             only_step=self.pick((None, None, 0, 1)) if step is None and do != "read" else None,
         )
         if do == "read" and self.chance(2):
-            names = [n for n in (("b0", "b1") if index == 0 else ("v0", "v1")) if n not in self.bound[index]]
+            # Once a block has bound a name itself, its next step does not take it from another block any more.
+            taken = {a.use.name for a in done if a.use is not None and a.use.block != index} if step is None else ()
+            free = {"b0", "b1"} if index == 0 else {"v0", "v1"}
+            names = sorted(free - self.bound[index].keys() - {*taken})
             if names:
                 return replace(action, bind=self.pick(names), full=self.chance(2))
         if do in ("assign", "inplace", "last") and self.chance(2):
@@ -398,15 +406,28 @@ class _Drawing:
         return action
 
     def possible(self, site: Site, owner: int | None) -> list[str]:
-        batched = len(self.inputs) > 1
         found = ["read", "read"]
-        if not (batched and owner is None and self.grad):
+        batched = len(self.inputs) > 1
+        if not (batched and owner is not None and any(is_further(s, site) for s in self.in_place)):
             found.append("assign")
-        if (batched or self.family.late) and not site.fresh:
+        if self.family.late and not site.fresh:
             return found
+        if batched and any(o is not None and is_further(site, s) for s, o in self.assigned):
+            return found  # the rows of the others are copies there, which is refused
         if self.family.gradients:
-            return [*found, "inplace"] if site.safe and not self.captured else found
+            return [*found, "inplace"] if site.safe and site.fresh and not self.captured else found
         return [*found, "inplace", "column", *(["last"] if site.layout in (SEQ, TIME) else [])]
+
+    def draw_captures(self, sites: list[Site]) -> list[Site]:
+        """One, or two of which the second is made of the first: gradients come in the reverse order."""
+        first = self.pick(sites)
+        second = [s for s in sites if s.order > first.order and first.memory in s.made_of]
+        return [first, self.pick(second)] if second and self.chance(2) else [first]
+
+    def may_capture(self, site: Site, owner: int | None) -> bool:
+        """Where an invoke has assigned, the whole batch's tensor is a new one: what else holds the old one has a part."""
+        new = any(o is not None and s.memory == site.memory for s, o in self.assigned) and len(self.inputs) > 1
+        return site.differentiable and (site.fresh or owner is not None or not new)
 
     def loss_site(self) -> Site:
         """What losses are made of: the last output with the batch in front."""
@@ -414,6 +435,11 @@ class _Drawing:
         return [s for s in outputs if s.item in ((), (0,))][-1]
 
     def note(self, index: int, action: Action, step: int | None) -> None:
+        assert action.site is not None
+        if action.do == "assign":
+            self.assigned.append((action.site, self.owners[index]))
+        elif action.in_place:
+            self.in_place.append(action.site)
         if action.bind is not None:
             self.bound[index][action.bind] = (action, self.number, step)
 
@@ -429,8 +455,11 @@ class _Drawing:
             own = at == index
             if own and bound_in is None and action not in done:
                 continue
-            if self.mixes_rows and not (own and action.full):
-                continue
+            whole = owner is None and len(self.inputs) > 1 and bool(self.with_gradients)
+            if (self.mixes_rows or whole) and not (own and action.full):
+                continue  # losses would have gradients in the rows of others
+            if self.family.gradients and not own and self.owners[at] is None:
+                continue  # what the whole batch gave does not come from an invoke's own part of it
             if not own and not self.passes_on(action.site, bound_in, site, step):
                 continue
             if action.site.width != site.width or (action.full and not full):
@@ -462,6 +491,11 @@ class _Drawing:
             return source is owner
         a, b = self.inputs[source], self.inputs[owner]
         return a.rows == b.rows and (bound.layout not in (SEQ, TIME, FLAT) or not self.padded)
+
+
+def is_further(site: Site, other: Site) -> bool:
+    """Whether the tensor at `other` comes by again at `site`."""
+    return site.memory == other.memory and site.order > other.order
 
 
 def _without_barriers(block: Block) -> Block:

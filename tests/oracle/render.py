@@ -6,7 +6,6 @@ import linecache
 import re
 import textwrap
 from collections.abc import Iterator
-from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 import torch
@@ -39,12 +38,7 @@ def source_of(program: Program) -> str:
 
 
 def execute(program: Program, source: str, module: torch.nn.Module) -> tuple[dict[Any, Any], dict[str, Any]]:
-    """Run the source, in a thread of its own; returns what it logged, and the names that its invokes bound."""
-    with ThreadPoolExecutor(1) as thread:
-        return thread.submit(_execute, program, source, module).result()
-
-
-def _execute(program: Program, source: str, module: torch.nn.Module) -> tuple[dict[Any, Any], dict[str, Any]]:
+    """Run the source; returns what it logged, and the names that its invokes bound."""
     spec = program.spec
     model = LanguageModel(module) if spec.tokens else NNsight(module)
     inputs = [spec.inputs(i.seed, i.rows, i.length) for i in program.inputs]
@@ -87,7 +81,7 @@ def _trace(program: Program) -> Iterator[str]:
     method = "trace" if program.steps is None else "generate"
     grad = "" if program.grad else "torch.no_grad(), "
     yield f"with {grad}model.{method}({', '.join([*given, *options])}) as tracer:"
-    lines = [f"{name} = tracer.barrier({count})" for name, count in program.barriers]
+    lines = [line for name, count in program.barriers for line in (f"{name} = tracer.barrier({count})", "came = []")]
     for number, block in enumerate(invokes, 1):
         lines.append(f"with tracer.invoke({f'*inputs[{block.input}]' if block.input is not None else ''}):")
         lines += _indent([*_block(number, block)])
@@ -123,7 +117,9 @@ def _conditional(number: int, action: Action, segment: Segment) -> list[str]:
 
 def _action(number: int, action: Action, key: str) -> Iterator[str]:
     if action.do == "barrier":
+        yield f"came.append({number})"
         yield f"{action.barrier}()"
+        yield f'log["met", {key}] = len(came)'
         return
     site = action.site
     assert site is not None

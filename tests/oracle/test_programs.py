@@ -85,6 +85,9 @@ def compare(program: Program, reference: Reference, log: dict[Any, Any]) -> None
     special = [key for key in log if key[0] in ("token", "ids")]
     for key in special:
         compare_ids(program, reference, key, log.pop(key), rows)
+    for key in [key for key in log if key[0] == "met"]:
+        members = program.barriers[0][1]
+        assert log.pop(key) >= members * (key[3] + 1), f"{key}: not everybody had come to the barrier"
     assert log.keys() == reference.values.keys()
     for key, pieces in reference.values.items():
         covers = program.covers(program.blocks[key[0]])

@@ -203,6 +203,22 @@ def llama(hub_cache: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
+@pytest.fixture(scope="session")
+def remote_server(llama: Path, start_server: Callable[..., Any]) -> Any:
+    """A server of the names that the documents run remotely."""
+    return start_server("meta-llama/Meta-Llama-3.1-8B", "meta-llama/Llama-3.1-70B", "--trusted")
+
+
+@pytest.fixture
+def server(remote_server: Any, keys: None, monkeypatch: pytest.MonkeyPatch) -> Any:
+    """The settings for that server; nothing may be loaded in this process."""
+    from nnsight import CONFIG
+
+    monkeypatch.setattr(CONFIG.API, "HOST", remote_server.host)
+    remote_server.wait_for("meta-llama/Meta-Llama-3.1-8B", "meta-llama/Llama-3.1-70B")
+    return remote_server
+
+
 @pytest.fixture
 def keys(monkeypatch: pytest.MonkeyPatch) -> None:
     """The settings for remote execution, put back afterwards."""

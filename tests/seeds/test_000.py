@@ -346,8 +346,7 @@ def test_sessions(model, plain):
     assert_close(second, patched)
 
 
-@pytest.mark.skip(reason="needs the remote server")
-def test_remote_execution(llama, keys):
+def test_remote_execution(server, plain):
     from nnsight import CONFIG
     CONFIG.set_default_api_key("YOUR_API_KEY")
 
@@ -356,7 +355,9 @@ def test_remote_execution(llama, keys):
     with model.trace("Hello", remote=True):
         hidden_states = model.model.layers[-1].output.save()
 
+    assert not model.dispatched
     assert hidden_states.shape == (1, len(model.tokenizer("Hello")["input_ids"]), model.config.hidden_size)
+    assert torch.equal(hidden_states, plain(model).run("Hello")["model.layers.47"])
 
 
 def test_key_for_remote_execution(keys):

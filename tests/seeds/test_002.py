@@ -22,8 +22,7 @@ def zeros(hidden):
     return torch.zeros_like(hidden)
 
 
-@pytest.mark.skip(reason="needs the remote server")
-def test_local_and_remote_execution(model, llama, keys):
+def test_local_and_remote_execution(model, server, plain):
     gpt2, llama_model = model, LanguageModel("meta-llama/Llama-3.1-70B")
 
     # Local execution (small model)
@@ -36,8 +35,9 @@ def test_local_and_remote_execution(model, llama, keys):
     with model.trace("Hello world", remote=True):
         hidden = model.model.layers[40].output[0].save()
 
-    assert local.shape[-1] == gpt2.config.n_embd
-    assert hidden.shape[-1] == model.config.hidden_size
+    assert not model.dispatched
+    assert torch.equal(local, plain(gpt2).run("Hello world")["transformer.h.5"])
+    assert torch.equal(hidden, plain(model).run("Hello world")["model.layers.40"])
 
 
 def test_local_execution(model, plain):
@@ -251,8 +251,7 @@ def test_systematic_patching_sweep(model, plain):
     assert_close(results[11, :-1], unpatched.expand(seq_len - 1))
 
 
-@pytest.mark.skip(reason="needs the remote server")
-def test_workflow_3_remote_execution(llama, keys, capsys):
+def test_workflow_3_remote_execution(server, plain, capsys):
     from nnsight import LanguageModel
 
     # 1. Load large model (will run remotely)
@@ -276,8 +275,10 @@ def test_workflow_3_remote_execution(llama, keys, capsys):
         output = model.generate(max_new_tokens=50)
 
     size = len(model.tokenizer("The meaning of life is")["input_ids"])
-    assert layer_40_out.shape == (1, size, model.config.hidden_size)
-    assert logits.logits.shape == (1, size, model.config.vocab_size)
+    assert not model.dispatched
+    expected = plain(model).run("The meaning of life is")
+    assert torch.equal(layer_40_out, expected["model.layers.40"])
+    assert torch.equal(logits.logits, expected.logits)
     assert capsys.readouterr().out == f"Layer 40 shape: torch.Size([1, {size}, {model.config.hidden_size}])\n"
 
 
@@ -430,8 +431,7 @@ def test_forgetting_to_save(model, plain, capsys):
     assert capsys.readouterr().out == f"{wrong}\n{hidden}\n"
 
 
-@pytest.mark.skip(reason="needs the remote server")
-def test_remote_timeout(llama, keys):
+def test_remote_timeout(server):
     model = LanguageModel("meta-llama/Llama-3.1-70B")
 
     # For long operations, increase timeout

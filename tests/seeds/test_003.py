@@ -314,8 +314,7 @@ def test_cache_of_all_module_outputs(model, plain, prompt):
         assert torch.equal(cache[f"model.{path}.mlp"].output, expected[f"{path}.mlp"])
 
 
-@pytest.mark.skip(reason="needs the remote server")
-def test_remote_execution(llama, keys):
+def test_remote_execution(server, plain):
     from nnsight import CONFIG
     CONFIG.set_default_api_key("YOUR_NDIF_API_KEY")
 
@@ -324,7 +323,9 @@ def test_remote_execution(llama, keys):
     with model.trace("Hello", remote=True):
         hidden = model.model.layers[-1].output[0].save()
 
+    assert not model.dispatched
     assert hidden.shape == (1, len(model.tokenizer("Hello")["input_ids"]), model.config.hidden_size)
+    assert torch.equal(hidden, plain(model).run("Hello")["model.layers.47"])
 
 
 def test_key_for_remote_execution(keys):

@@ -212,8 +212,7 @@ def test_systematic_patching_sweep(model, plain):
     assert_close(results[11, -1], clean.logits[0, -1].softmax(-1)[paris_token])
 
 
-@pytest.mark.skip(reason="needs the remote server")
-def test_remote_execution(llama, keys, capsys):
+def test_remote_execution(server, plain, capsys):
     from nnsight import LanguageModel
 
     # Load a 70B model (runs on NDIF servers)
@@ -227,7 +226,10 @@ def test_remote_execution(llama, keys, capsys):
     print(f"Layer 40 shape: {layer_40.shape}")
 
     size = len(model.tokenizer("The meaning of life is")["input_ids"])
-    assert logits.logits.shape == (1, size, model.config.vocab_size)
+    assert not model.dispatched
+    expected = plain(model).run("The meaning of life is")
+    assert torch.equal(layer_40, expected["model.layers.40"])
+    assert torch.equal(logits.logits, expected.logits)
     assert capsys.readouterr().out == f"Layer 40 shape: torch.Size([1, {size}, {model.config.hidden_size}])\n"
 
 
@@ -347,14 +349,14 @@ def test_check_model_structure(model, capsys):
     assert "(h): ModuleList(" in printed
 
 
-@pytest.mark.skip(reason="needs the remote server")
-def test_remote_execution_timeout(llama, keys, prompt):
+def test_remote_execution_timeout(server, plain, prompt):
     model = LanguageModel("meta-llama/Llama-3.1-70B")
 
     with model.trace(prompt, remote=True, timeout=300):
         logits = model.output.save()
 
-    assert logits.logits.shape[-1] == model.config.vocab_size
+    assert not model.dispatched
+    assert torch.equal(logits.logits, plain(model).run(prompt).logits)
 
 
 def test_save_only_the_last_position(model, plain, prompt):

@@ -197,6 +197,54 @@ class TestShapesThatDependOnValues:
         assert shape == (3, 5)
 
 
+class Cut(Module):
+    """Shapes that whole numbers of the input decide: lengths, a mask, places counted from them."""
+
+    def __init__(self):
+        super().__init__()
+        self.table = torch.nn.Embedding(10, 4)
+        self.pieces = torch.nn.Identity()
+
+    def forward(self, ids, lengths):
+        start, places = 0, torch.zeros(ids.shape[0], dtype=torch.long)
+        for length in lengths.tolist():
+            places[start : start + length] = torch.arange(length) + 1
+            start += length
+        found = self.table(ids)[: int(places.argmax()) + 1]
+        ends = torch.tensor([places.max(), lengths.sum()])
+        return self.pieces(found), found.new_zeros(int(ends.sum())), places + ids[: places.numel()]
+
+
+class TestWholeNumbersOfTheInput:
+    def test_may_decide_on_shapes(self):
+        net = Cut()
+        ids, lengths = torch.tensor([3, 1, 4, 1, 5, 9]), torch.tensor([2, 3])
+        pieces, ends, places = net(ids, lengths)
+        for given in (net, Cut().to("meta")):
+            with NNsight(given).scan(ids, lengths) as tracer:
+                seen = tracer.result
+            assert [part.shape for part in seen] == [pieces.shape, ends.shape, places.shape]
+            assert [part.dtype for part in seen] == [pieces.dtype, ends.dtype, places.dtype]
+
+    def test_unless_they_meet_others(self):
+        model = NNsight(Cut())
+        with pytest.raises(ScanError, match="depends on numbers"), model.scan(torch.ones(6).long(), torch.ones(2)):
+            model.inputs = (*model.inputs[0][:1], (model.inputs[0][1] * 2).long()), {}
+            model.output
+
+    def test_are_left_as_they_were(self):
+        class Writes(Module):
+            def forward(self, ids):
+                ids[0] = 7
+                return torch.zeros(int(ids.sum()))
+
+        ids = torch.tensor([1, 2])
+        with NNsight(Writes()).scan(ids) as tracer:
+            result = tracer.result
+        assert result.shape == (9,)
+        assert ids.tolist() == [1, 2]
+
+
 class Remembers(Module):
     """Keeps a table, a buffer and a statistic of its inputs, as rotary embeddings and batch norms do."""
 

@@ -34,6 +34,15 @@ class Scope:
         elif frame.f_locals is not frame.f_globals:
             self._frame, self._known = frame, None
 
+    @classmethod
+    def of(cls, globals_: dict[str, Any], names: Iterable[str], values: Mapping[str, Any]) -> "Scope":
+        """A scope without a frame: global names, and variables of which some have a value."""
+        scope = object.__new__(cls)
+        scope.globals, scope._frame, scope._outer = globals_, None, None
+        scope._cells = {name: _cell(values, name) for name in names}
+        scope._known = frozenset(scope._cells)
+        return scope
+
     def variables(self, block: Block) -> frozenset[str]:
         """Those of the block's names that have cells here; the others are global or built in."""
         names = (block.names_read | block.names_bound) - block.names_global

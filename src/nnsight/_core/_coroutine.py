@@ -31,6 +31,7 @@ class Coroutine(greenlet):
     def __init__(self, main: Callable[[], None]) -> None:
         super().__init__()
         self.main = main
+        self.thread = threading.get_ident()
         self.gr_context = contextvars.copy_context()
 
     def run(self) -> None:  # type: ignore[override]
@@ -50,11 +51,15 @@ class Coroutine(greenlet):
     def kill(self) -> None:
         """Unwind what runs inside, so that its `finally` blocks run."""
         self.reusable = False
-        if self and not self.dead:
+        if self and not self.dead and self.is_here() and not sys.is_finalizing():
             here = getcurrent()
             if self.parent is not here:
                 self.parent = here
             self.throw(GreenletExit)
+
+    def is_here(self) -> bool:
+        """Whether it belongs to this thread; another one unwinds it itself, once nobody holds it."""
+        return self.thread == threading.get_ident()
 
 
 class _Spare(threading.local):

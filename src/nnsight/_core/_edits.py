@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import weakref
+from collections.abc import Iterable
 from types import CodeType, FrameType
 from typing import TYPE_CHECKING, Any, NamedTuple
 
@@ -10,12 +11,16 @@ import torch
 
 from ..errors import EditError, NNsightError, OutOfOrderError
 from ._frames import Line, describe_line, user_line
+from ._leaves import leaves_of, objects_in
 from ._tensors import Snapshot, has_changed, holds_others, snapshot, tensors_in
 
 if TYPE_CHECKING:
     from ._instrument import Instruments
     from ._run import Call
     from ._visit import Visit
+
+
+Versions = dict[str, tuple[int, int]]  # which tensor, in which version
 
 
 class Edit(NamedTuple):
@@ -62,6 +67,17 @@ class Copied(LateRead):
         )
 
 
+class Passed(LateRead):
+    """Rows of a batch that do not lie together in memory, after the model has gone on."""
+
+    def error(self) -> NNsightError:
+        return OutOfOrderError(
+            f"Value was missed: {self.path} is a copy of this invoke's rows, which do not lie together in memory, and it "
+            "was changed in place after the model had gone on from there, so that nothing in the model changed. Move the "
+            "change up to where the value is read, or work on value.clone()."
+        )
+
+
 class Edits:
     """A record of one run, by place, kind and occurrence."""
 
@@ -72,6 +88,7 @@ class Edits:
         self.keeping = False
         self._fresh: list[torch.Tensor] = []  # tensors given since the last check, which may have been dropped
         self._untracked = self._tangled = False
+        self._objects: list[tuple[Any, dict[str, torch.Tensor], Versions]] = []  # given since the model went on last
         self._inputs: Snapshot = []
         self._instruments: Instruments | None = None
         self._parameter_versions = 0
@@ -94,14 +111,14 @@ class Edits:
 
     def give(self, visit: Visit, value: Any, path: str) -> None:
         """A block is given `value` at `visit`."""
-        if type(value) is torch.Tensor and not value.is_inference():
-            versions = [(value, value._version)]
-        else:
-            versions = snapshot(value)
-            if versions is None:
-                self._untracked = True
-                return
-        if visit.given is None:
+        if type(value) is torch.Tensor and visit.lent is None and not value.is_inference():
+            visit.lent = (value, value._version, path)
+            return
+        self._note_objects(value)
+        versions = snapshot(value)
+        if versions is None:
+            self._untracked = True
+        elif visit.given is None:
             visit.given = [(value, versions, path)]
         else:
             visit.given.append((value, versions, path))
@@ -111,6 +128,14 @@ class Edits:
         changed = visit.written
         exchanged = False  # an item of a list or mapping was
         touched: list[torch.Tensor] = []
+        if visit.lent is not None:
+            tensor, version, path = visit.lent
+            now = tensor._version
+            if now != version:
+                changed = True
+                touched.append(tensor)
+            self._reads.append((weakref.ref(tensor), now, path))
+            visit.lent = None
         for value, versions, path in visit.given or ():
             for tensor, version in versions:
                 now = tensor._version
@@ -121,10 +146,27 @@ class Edits:
             if type(value) is not torch.Tensor and holds_others(value, versions):
                 exchanged = True
         visit.given = None
+        if self._objects:
+            self._check_objects()
         if (changed or exchanged) and self.keeping:
             self._record(visit, touched, visit.written or exchanged)
 
+    def _note_objects(self, value: Any) -> None:
+        for found in objects_in(value):
+            leaves = leaves_of(found)
+            if leaves:
+                self._objects.append((found, leaves, _versions(leaves)))
+
+    def _check_objects(self) -> None:
+        # What a block changed inside a cache or the like is not repeated by a second pass.
+        self._tangled |= any(_versions(leaves_of(found)) != before for found, _, before in self._objects)
+        self._objects.clear()
+
     def _record(self, visit: Visit, touched: list[torch.Tensor], replaced: bool) -> None:
+        if visit.written and not touched and type(visit.value) is torch.Tensor and not visit.value.is_inference():
+            edit = Edit(None, visit.value, True, visit.skipped is not None, [(visit.value, visit.value._version)])
+            self.by_visit[visit.place, visit.kind, visit.index] = edit
+            return
         own = visit.before if visit.written and visit.skipped is None else visit.value
         value = None
         if replaced:
@@ -157,7 +199,7 @@ class Edits:
         if self._untracked:
             return "under inference mode PyTorch does not record which values were changed"
         if self._tangled:
-            return "a value was changed in place beside the one at its place"
+            return "a value was changed beside the one at its place, or inside an object"
         if any(tensor._version != version for tensor, version in self._inputs):
             return "an input tensor was changed in place since the forward started"
         if self._instruments and self._instruments.parameter_versions() != self._parameter_versions:
@@ -188,6 +230,11 @@ class Edits:
         ]
         self._fresh += copies
 
+    def note_passed(self, copies: Iterable[tuple[torch.Tensor, str]]) -> None:
+        """Remember copies that blocks were given of a value that the model leaves now."""
+        known = [(tensor, path) for tensor, path in copies if not tensor.is_inference()]
+        self.late_reads += [Passed(weakref.ref(tensor), tensor._version, path, "") for tensor, path in known]
+
     def check_late_reads(self) -> None:
         """Refuse in-place changes of values whose place had passed: they reach nothing."""
         for read in self.late_reads:
@@ -202,6 +249,7 @@ class Edits:
         self.by_visit.clear()
         self.late_reads.clear()
         self._fresh.clear()
+        self._objects.clear()
         self._inputs = []
         self._reads.clear()
 
@@ -209,6 +257,10 @@ class Edits:
 def _line_of(code: CodeType, offset: int) -> str:
     number = next((line for start, end, line in code.co_lines() if start <= offset < end), None)
     return describe_line(Line(code.co_filename, number or code.co_firstlineno))
+
+
+def _versions(leaves: dict[str, torch.Tensor]) -> Versions:
+    return {at: (id(leaf), 0 if leaf.is_inference() else leaf._version) for at, leaf in leaves.items()}
 
 
 def _shares(tensors: list[torch.Tensor], others: list[torch.Tensor]) -> bool:

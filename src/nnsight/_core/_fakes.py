@@ -26,8 +26,12 @@ from ._coroutine import current_pass
 from ._tensors import map_tensors, tensors_in
 
 _UNKNOWN_VALUES = (DataDependentOutputException, DynamicOutputShapeException)
+_READS_NUMBERS = (torch.Tensor.tolist, torch.Tensor.numpy)
+_FACTORIES = (torch.arange, torch.zeros, torch.ones, torch.full)
+_MAKES_OF_NUMBERS = (torch.tensor, torch.as_tensor)
 _META = torch.device("meta")
 _CPU = torch.device("cpu")
+_MOST = 2**20  # whole numbers whose values are kept
 
 
 class Fakes:
@@ -38,13 +42,13 @@ class Fakes:
 
     def __init__(self, describe: Callable[[Any], str], overrides: Mapping[Any, Any] = MappingProxyType({})) -> None:
         self.overrides = overrides
-        self._mode = FakeTensorMode(allow_non_fake_inputs=True)
+        self._mode = _Mode(allow_non_fake_inputs=True)
         self._mode.fake_tensor_converter = _Converter()
         self._describe = describe
 
     def call(self, function: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
         """Call `function`, with every operation in it computing shapes only."""
-        args, kwargs = map_tensors(self.of, args), map_tensors(self.of, kwargs)
+        args, kwargs = map_tensors(self._of_input, args), map_tensors(self._of_input, kwargs)
         with _OnFakes(self, everywhere=True):
             return function(*args, **kwargs)
 
@@ -60,16 +64,44 @@ class Fakes:
             return self._mode.from_tensor(tensor)
         return self._mode.from_tensor(tensor.detach()).requires_grad_(tensor.requires_grad)
 
+    def _of_input(self, tensor: torch.Tensor) -> torch.Tensor:
+        # Token ids, masks and sizes of images keep their numbers: what is computed of them alone may decide on shapes.
+        fake = self.of(tensor)
+        if isinstance(fake, FakeTensor) and self._mode.may_turn_const(tensor):
+            self._note_numbers(fake, tensor.detach().clone())
+        return fake
+
     def compute(self, function: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         """One operation, on fake tensors."""
+        if function in _READS_NUMBERS:
+            return function(self._numbers(function, args[0]))
+        if function in _MAKES_OF_NUMBERS and args and isinstance(args[0], (list, tuple)):
+            args = (map_tensors(lambda tensor: self._numbers(function, tensor).tolist(), args[0]), *args[1:])
         try:
             with self._mode:
-                return function(*self._take(args), **{name: self._take(value) for name, value in kwargs.items()})
+                made = function(*self._take(args), **{name: self._take(value) for name, value in kwargs.items()})
         except _UNKNOWN_VALUES as error:
-            current = current_pass()
-            where = self._describe(current.running[-1]) if current and current.running else "The code"
-            operation = getattr(error, "func", function)
-            raise ScanError(_DEPENDS.format(where=where, operation=operation)) from error
+            raise self._error(getattr(error, "func", function)) from error
+        if function in _FACTORIES and isinstance(made, FakeTensor) and not made.is_floating_point():
+            with torch._C.DisableTorchFunction():
+                self._note_numbers(made, function(*args, **{**kwargs, "device": made.device}))
+        return made
+
+    def _note_numbers(self, fake: FakeTensor, numbers: torch.Tensor) -> None:
+        if self._mode.may_turn_const(numbers):
+            fake.constant = numbers
+            self._mode.fake_tensor_converter.add_constant_storage_mapping(fake)
+
+    def _numbers(self, function: Callable[..., Any], tensor: torch.Tensor) -> torch.Tensor:
+        known = getattr(self.of(tensor), "constant", None)
+        if known is None:
+            raise self._error(function.__name__)
+        return known
+
+    def _error(self, operation: Any) -> ScanError:
+        current = current_pass()
+        where = self._describe(current.running[-1]) if current and current.running else "The code"
+        return ScanError(_DEPENDS.format(where=where, operation=operation))
 
     def _take(self, value: Any) -> Any:
         if isinstance(value, torch.Tensor):
@@ -77,6 +109,16 @@ class Fakes:
         if type(value) is tuple or type(value) is list:
             return type(value)([self._take(item) for item in value])
         return value
+
+
+class _Mode(FakeTensorMode):
+    """Knows the numbers of whole-number tensors that are made of nothing but such, and of a single number of any kind."""
+
+    def may_turn_const(self, t: torch.Tensor) -> bool:
+        if super().may_turn_const(t):
+            return True
+        known = t.numel() <= _MOST and not (t.is_floating_point() or t.is_complex() or t.is_sparse)
+        return known and not isinstance(t, FakeTensor) and t.device != _META
 
 
 class _Converter(FakeTensorConverter):

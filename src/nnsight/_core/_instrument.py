@@ -7,11 +7,14 @@ instrumented before the model starts; a leaf is instrumented when it is asked fo
 
 from __future__ import annotations
 
+import contextlib
 import functools
+import inspect
 import sys
 import threading
 import weakref
 from collections.abc import Callable, Iterable
+from types import MethodType
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -41,18 +44,50 @@ def make_replacement(module: Module, previous: Forward | None) -> Forward:
     elif _COMPILER in sys.modules and isinstance(module, sys.modules[_COMPILER].OptimizedModule):
         previous = module._orig_mod.__call__  # what it compiles: see `Instruments._stop_compiled_calls`  # pyright: ignore[reportAttributeAccessIssue]
 
-    def forward(*args: Any, **kwargs: Any) -> Any:
+    def forward(module: Module, /, *args: Any, **kwargs: Any) -> Any:
         current = getcurrent()
         plain = previous or type(module).forward.__get__(module)
-        if current.__class__ is Coroutine:
-            serves = current.serves  # pyright: ignore[reportAttributeAccessIssue]
-            if serves is not None:
-                serve = serves.deliver if serves.awaited is module else serves.call
-                return serve(module, plain, args, kwargs)
-        return plain(*args, **kwargs)
+        if current.__class__ is not Coroutine:
+            return plain(*args, **kwargs)
+        serves = current.serves  # pyright: ignore[reportAttributeAccessIssue]
+        if serves is None:
+            return plain(*args, **kwargs)
+        if serves.awaited is module:
+            return serves.deliver(module, plain, args, kwargs)
+        if module in serves.attended or module in serves.overrides:
+            return serves.call(module, plain, args, kwargs)
+        # `Pass.call` for a module that nobody wants: this is where most calls go.
+        counts, running = serves.counts, serves.running
+        index = counts[module] = counts.get(module, 0) + 1
+        running.append(module)
+        try:
+            result = plain(*args, **kwargs)
+            if module in serves.attended:
+                return serves.leave(module, result, index - 1, args, kwargs)
+            return result
+        finally:
+            running.pop()
 
     # Models look at the signature of `self.forward` to decide what to pass (`generate` of transformers does).
-    return functools.update_wrapper(forward, previous or type(module).forward.__get__(module), updated=())
+    plain = type(module).forward if previous is None else _with_self(previous)
+    functools.update_wrapper(forward, plain, updated=())
+    forward.__name__ = "forward"
+    return MethodType(forward, module)  # so that a copy of the module made meanwhile has its own
+
+
+def _with_self(forward: Forward) -> Forward:
+    """Something with the signature of a function in a class."""
+
+    @functools.wraps(forward, updated=())
+    def unbound(_module: Module, /, *args: Any, **kwargs: Any) -> Any:
+        return forward(*args, **kwargs)
+
+    del unbound.__wrapped__
+    with contextlib.suppress(ValueError, TypeError):  # of a function in C
+        own = inspect.signature(forward)
+        first = inspect.Parameter("self", inspect.Parameter.POSITIONAL_ONLY)
+        unbound.__signature__ = own.replace(parameters=[first, *own.parameters.values()])  # pyright: ignore[reportFunctionMemberAccess]
+    return unbound
 
 
 def _scripted_forward(module: Module) -> Forward:
@@ -63,18 +98,18 @@ def _scripted_forward(module: Module) -> Forward:
     return forward  # type: ignore[return-value]
 
 
-_REPLACEMENT_CODE = make_replacement(Module(), None).__code__
+REPLACEMENT_CODE = make_replacement(Module(), None).__code__
 
 
 def _is_ours(forward: object) -> bool:
-    return getattr(forward, "__code__", None) is _REPLACEMENT_CODE
+    return getattr(forward, "__code__", None) is REPLACEMENT_CODE
 
 
 def plain_forward(module: Module) -> Forward:
     """The module's forward as it is outside a run, bound to the module."""
     own = vars(module).get("forward")
     while _is_ours(own):
-        cells = dict(zip(_REPLACEMENT_CODE.co_freevars, getattr(own, "__closure__", ()), strict=True))
+        cells = dict(zip(REPLACEMENT_CODE.co_freevars, getattr(own, "__closure__", ()), strict=True))
         own = cells["previous"].cell_contents
     if own is None and isinstance(module, ScriptModule):
         return _scripted_forward(module)
@@ -82,15 +117,13 @@ def plain_forward(module: Module) -> Forward:
 
 
 class Container:
-    """A module with children, and what is needed to instrument it quickly and to see that it changed."""
+    """A module that is instrumented from the start of every run, and what is needed to do so quickly."""
 
-    __slots__ = ("children", "members", "module", "replacement", "slots")
+    __slots__ = ("module", "replacement", "slots")
 
     def __init__(self, module: Module) -> None:
         self.module = module
         self.slots = vars(module)
-        self.members = module._modules
-        self.children = tuple(module._modules.values())
         self.replacement = None if _never_called(module) else make_replacement(module, None)
 
 
@@ -107,6 +140,8 @@ class Instruments:
         self._users = 0
         self._containers: list[Container] = []
         self._always: list[Container] = []
+        self._members_of: list[dict[str, Module | None]] = []  # of each container, and as they were
+        self._children: list[tuple[Module | None, ...]] = []
         self._replaced: dict[Module, tuple[Forward, Forward | None]] = {}
         self._leaves: dict[Module, Forward] = {}
         self._compiled: dict[Module, Any] = {}
@@ -204,9 +239,13 @@ class Instruments:
 
     def parent(self, module: Module) -> Module | None:
         """The nearest module above `module` whose forward is called, None for the root."""
+        return self.parents().get(module)
+
+    def parents(self) -> dict[Module, Module | None]:
+        """`parent` of every module."""
         if not self._parents:
             self._parents = _find_parents(self.root)
-        return self._parents.get(module)
+        return self._parents
 
     def shared(self) -> frozenset[Module]:
         """The modules that stand at more than one place of the tree, with all inside them."""
@@ -242,15 +281,16 @@ class Instruments:
             vars(module)[_COMPILED] = None
 
     def _stale(self) -> bool:
-        containers = self._containers
-        return not containers or any(c.children != tuple(c.members.values()) for c in containers)
+        return not self._containers or self._children != [tuple(members.values()) for members in self._members_of]
 
     def _learn(self) -> None:
         self._containers = [Container(m) for m in self.root.modules() if m._modules or m is self.root]
         self._always = [c for c in self._containers if c.replacement is not None]
         here = {c.module for c in self._containers}
         self._always += [Container(m) for m in self._eager - here]
-        tree = [(c.module, c.children) for c in self._containers]
+        self._members_of = [c.module._modules for c in self._containers]
+        self._children = [tuple(members.values()) for members in self._members_of]
+        tree = [(c.module, below) for c, below in zip(self._containers, self._children, strict=True)]
         if tree != self._tree:
             self._tree, self.structure = tree, object()
         self._parents = {}

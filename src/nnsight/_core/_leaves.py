@@ -25,6 +25,14 @@ def map_leaves(function: Callable[[str, torch.Tensor], Any], value: Any, *, in_o
     return _map(function, value, "", {} if in_objects else None)
 
 
+def objects_in(value: Any) -> list[Any]:
+    """The objects in nested containers whose attributes may hold tensors."""
+    items = _items(value)
+    if items is None:
+        return [value] if _is_object(value) and not isinstance(value, torch.Tensor) else []
+    return [found for _, item in items for found in objects_in(item)]
+
+
 def restore(new: Any, old: Any, leaves: Mapping[str, torch.Tensor]) -> Any:
     """Containers as in `new` with these leaves in them; objects are those of `old`, which get theirs as attributes."""
     return _restore(new, old, leaves, "")

@@ -63,6 +63,8 @@ def _never_runs(run: Run, request: Request) -> bool:
         return False
     if main.sight is not None and main.sight.was_skipped(request):
         return True
+    if _is_past_the_end(run, request):
+        return True
     if isinstance(request.place, OperationPlace):
         return main.see().never_comes(request)
     if main.counts.get(request.place):
@@ -71,6 +73,10 @@ def _never_runs(run: Run, request: Request) -> bool:
         shown = run.overrides and run.instruments.parent(request.place) in run.overrides
         return profile is not None and not profile.get(request.place) and not shown
     return main.done
+
+
+def _is_past_the_end(run: Run, request: Request) -> bool:
+    return run.main is not None and run.main.done and request.step is not None and request.step > run.main.step
 
 
 def _unseen(run: Run, request: Request) -> str:
@@ -89,6 +95,12 @@ def _never_ran(run: Run, request: Request) -> NeverRanError:
         return NeverRanError(
             f"{_name(request)} was asked for at {describe_line(user_line())}, but it does not run{which}: it is inside a "
             "module that is skipped. Read it in another trace, or assign to the outer module's .output in place of .skip()."
+        )
+    if _is_past_the_end(run, request):
+        return NeverRanError(
+            f"{_name(request)} was asked for at {describe_line(user_line())} in step {request.step}, but the model has run "
+            f"{run.main.step + 1} steps only, counted from 0. Ask inside `for step in tracer.iter[:]:`, which ends when the "  # type: ignore[union-attr]
+            "generation does."
         )
     return NeverRanError(
         f"{_name(request)} was asked for at {describe_line(user_line())}, but it does not run{times}{which} in this "

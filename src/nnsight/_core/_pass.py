@@ -10,10 +10,12 @@ from greenlet import GreenletExit, getcurrent, greenlet
 from torch.nn import Module
 from torch.nn.modules.module import _global_forward_hooks
 
+from ..errors import NotTracingError
 from ._coroutine import Coroutine, borrow, give_back
+from ._instrument import REPLACEMENT_CODE
 from ._modes import Modes, capture_modes, end_loan, is_inference, lend_inference, switch_modes
 from ._sight import Sight
-from ._visit import INPUT, OUTPUT, RESULT, STEP, OperationPlace, Request, Visit
+from ._visit import INPUT, OUTPUT, RESULT, STEP, OperationPlace, Place, Request, Visit
 
 if TYPE_CHECKING:
     from torch.utils.hooks import RemovableHandle
@@ -31,41 +33,6 @@ class Pass:
     `missed()` when places that were wanted may have been passed.
     """
 
-    __slots__ = (
-        "_all_counted",
-        "_begin",
-        "_call",
-        "_coroutine",
-        "_counted",
-        "_driver",
-        "_handles",
-        "_instruments",
-        "_lent_inference",
-        "_missed",
-        "_modes",
-        "_overrides",
-        "_serve",
-        "_step_counts",
-        "_stepper",
-        "awaited",
-        "closing",
-        "counts",
-        "done",
-        "error",
-        "final",
-        "guards",
-        "here",
-        "input_recorders",
-        "learning",
-        "recorders",
-        "running",
-        "sight",
-        "single",
-        "step",
-        "wanted_inputs",
-        "wanted_outputs",
-    )
-
     def __init__(
         self,
         call: Callable[[], Any],
@@ -79,6 +46,7 @@ class Pass:
     ) -> None:
         self.here: Visit | None = None
         self.awaited: Module | None = None
+        self.attended: set[Any] = {stepper}  # modules whose calls may concern somebody
         self.done = self.closing = self.learning = False
         self.error: BaseException | None = None
         self.step = -1
@@ -95,13 +63,14 @@ class Pass:
         self._handles: list[RemovableHandle] = []
         self._step_counts: dict[Any, int] = {}
         self._counted: set[Module] = set()
-        self._all_counted = self._lent_inference = False
+        self.all_counted = self._lent_inference = False
         self._call = call
         self._instruments = instruments
         self._stepper = stepper
         self._modes = modes
-        self._overrides = overrides
+        self.overrides = overrides
         self._serve = serve
+        self.hand_on: Callable[[Visit], None] = serve
         self._missed = missed
         self._begin = begin
         self._coroutine: Coroutine | None = None
@@ -117,6 +86,8 @@ class Pass:
             coroutine.serves = self
         here = getcurrent()
         if self._driver is not here:
+            if not coroutine.is_here():
+                raise NotTracingError(OTHER_THREAD)
             self._driver = coroutine.parent = here
         body, model = capture_modes(), self._modes
         if body is not model:
@@ -138,15 +109,17 @@ class Pass:
         self.closing = True
         coroutine, self._coroutine = self._coroutine, None
         if coroutine is not None:
-            body = capture_modes()
-            if not self.done:
+            if self.done:
+                give_back(coroutine)
+            else:
+                body = capture_modes()
                 switch_modes(body, self._modes)  # the model's own `with` blocks end here
-            give_back(coroutine)
-            switch_modes(capture_modes(), end_loan(body) if self._lent_inference else body)
+                give_back(coroutine)
+                switch_modes(capture_modes(), end_loan(body) if self._lent_inference else body)
         while self._handles:
             self._handles.pop().remove()
         self.error = None
-        self._call = self._serve = self._missed = _nothing
+        self._call = self._serve = self._missed = self.hand_on = _nothing
         self._begin = None
         self.here = self._driver = self.sight = self.awaited = None
         self.final = {}
@@ -172,36 +145,37 @@ class Pass:
                 visit = self._visit(place, INPUT, (args, kwargs), index)
                 if visit.skipped is not None:
                     self._pass_by_inside(place)
-                    return self._leave(place, visit.skipped[0], index, args, kwargs)
+                    return self.leave(place, visit.skipped[0], index, args, kwargs)
                 args, kwargs = visit.value
-            if self._overrides and place in self._overrides:
-                plain = self._overrides[place](plain)
+            if self.overrides and place in self.overrides:
+                plain = self.overrides[place](plain)
             if self.input_recorders and place in self.input_recorders:
                 for recorder in self.input_recorders[place]:
                     recorder.begin(args, kwargs, index)
             result = plain(*args, **kwargs)
-            if place in self.wanted_outputs or place in self.guards:
-                return self._leave(place, result, index, args, kwargs)
-            if self.recorders and place in self.recorders:
-                if place._forward_hooks or _global_forward_hooks:
-                    return self._leave(place, result, index, args, kwargs)
-                for recorder in self.recorders[place]:
-                    recorder.end(result, args, kwargs, index, self.step)
+            if place in self.wanted_outputs or place in self.guards or place in self.recorders:
+                return self.leave(place, result, index, args, kwargs)
             return result
         finally:
             self.running.pop()
 
     def deliver(self, module: Module, plain: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-        """Call the leaf that a run's only worker waits for: `call` without what the others would need."""
+        """Call the module that a run's only worker waits for: `call` without what the others would need."""
         self.awaited = None
-        result = plain(*args, **kwargs)
         self.counts[module] = 1
+        result = plain(*args, **kwargs)
         visit = self.here = Visit(module, OUTPUT, result, 0, 0, 0, (args, kwargs))
         self._driver.switch()  # type: ignore[union-attr]
-        self._serve(visit)
+        if self.awaited is None:
+            self._serve(visit)
+        elif visit.lent is not None or visit.written or visit.given is not None:
+            self.hand_on(visit)
         self.here = None
-        for recorder in self.recorders.get(module, ()):
-            recorder.end(visit.value, args, kwargs, 0, self.step)
+        if self.guards and module in self.guards:
+            self._pass_by_children(module)
+        if self.recorders:
+            for recorder in self.recorders.get(module, ()):
+                recorder.end(visit.value, args, kwargs, 0, self.step)
         return visit.value
 
     def touch(self, place: Any, value: Any) -> Any:
@@ -214,7 +188,10 @@ class Pass:
             self.final[place] = value
         return value
 
-    def _leave(self, place: Any, result: Any, index: int, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    def leave(self, place: Any, result: Any, index: int, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        """End a call: what the model goes on with."""
+        if self.closing:
+            return result
         if place._forward_hooks or _global_forward_hooks:
             self._leave_after_hooks(place, index, args, kwargs)
             return result
@@ -271,7 +248,6 @@ class Pass:
 
     def _main(self) -> None:
         try:
-            switch_modes(capture_modes(), self._modes)
             if self._begin is not None:
                 self._begin()
             result = self._call()
@@ -296,6 +272,7 @@ class Pass:
         wanted = self.wanted_inputs if request.kind == INPUT else self.wanted_outputs
         place = request.place
         wanted[place] = wanted.get(place, 0) + 1
+        self.attended.add(place)
 
     def unwant(self, request: Request) -> None:
         """Undo one `want`."""
@@ -307,13 +284,13 @@ class Pass:
 
     def learn(self, *, keep: bool = True) -> None:
         """Count every module in this pass, and keep which leaves are called otherwise than their parents."""
-        self.learning, self._all_counted = keep, True
+        self.learning, self.all_counted = keep, True
         for module in self._instruments.modules():
             self._instruments.add(module)
 
     def watch(self, module: Module) -> None:
         """Make a module's calls visible; modules with children are so from the start."""
-        if module in self._counted or (self._all_counted and not self._is_shown(module)):
+        if module in self._counted or (self.all_counted and not self._is_shown(module)):
             return
         self._counted.add(module)
         instruments = self._instruments
@@ -332,9 +309,31 @@ class Pass:
             self.counts[module] = count
             self._step_counts[module] = self._step_counts.get(parent, 0)
 
+    def is_ahead(self, place: Any) -> bool:
+        """Whether `place`, of which no call was counted, is a module still to come, and `deliver` can serve it."""
+        if place is self._stepper or self.overrides or self.done or place.__class__ is OperationPlace:
+            return False
+        here = self.here
+        if place._forward_hooks or _global_forward_hooks or (here is not None and here.skipped is not None):
+            return False
+        if place._modules or place in self._counted or self.all_counted:
+            return not isinstance(place, Place)
+        parents, counts = self._instruments.parents(), self.counts
+        parent = parents.get(place)
+        if parent in counts:
+            # In the one call of the parent, that runs now: the order of an earlier run tells.
+            order = self._instruments.first_calls
+            if here is None or counts[parent] > 1 or parents.get(here.place) is not parent:
+                return False
+            if order.get(here.place, len(order)) >= order.get(place, 0):
+                return False
+        if not self._instruments.add(place):
+            self._counted.add(place)
+        return True
+
     def _is_shown(self, module: Module) -> bool:
         """Whether the module is never called, but shown by the override of the module around it."""
-        return bool(self._overrides) and self._instruments.parent(module) in self._overrides
+        return bool(self.overrides) and self._instruments.parent(module) in self.overrides
 
     def _is_past(self, parent: Module, leaf: Module) -> bool:
         # In the running call of `parent`: whether what runs there now used to come after the leaf.
@@ -350,6 +349,7 @@ class Pass:
 
     def guard(self, parent: Module, place: Any) -> None:
         """When a call of `parent` is over, see to it that `place`, called in it, counts as passed."""
+        self.attended.add(parent)
         guarded = self.guards.get(parent)
         if guarded is None:
             self.guards[parent] = {place}
@@ -368,7 +368,7 @@ class Pass:
     def _pass_by_inside(self, place: Any) -> None:
         # What this pass counts is no profile of the model any more.
         self.learning = False
-        if place.__class__ is OperationPlace or place in self._overrides:
+        if place.__class__ is OperationPlace or place in self.overrides:
             self.see().open(place)
         if isinstance(place, Module) and place._modules:
             self.see().skip(place)
@@ -397,7 +397,8 @@ class Pass:
         """
         frame = sys._getframe(1)
         while frame is not None and frame.f_code is not _MAIN:
-            if frame.f_code is _CALL and frame.f_locals["place"] is place:
+            name = _CALLS.get(frame.f_code)
+            if name is not None and frame.f_locals[name] is place:
                 return frame.f_locals["args"], frame.f_locals["kwargs"]
             frame = frame.f_back
         return None
@@ -436,8 +437,14 @@ class Pass:
             self._instruments.watch_always(odd)
 
 
-_CALL, _MAIN = Pass.call.__code__, Pass._main.__code__
+_CALLS = {Pass.call.__code__: "place", REPLACEMENT_CODE: "module"}  # what their variable for the place is called
+_MAIN = Pass._main.__code__
 
 
 def _nothing(*_: Any) -> None:
     return None
+
+
+OTHER_THREAD = """\
+A value was asked for in another thread than the one that opened the trace, and a model cannot go on in two of them. \
+Read values in the thread of the `with` block and hand the values to others, or open a trace of its own in each thread."""

@@ -63,7 +63,6 @@ class Recordings:
             self._ends.setdefault(place, []).append(recorder)
             if recording.takes_inputs:
                 self._begins.setdefault(place, []).append(recorder)
-        self._watch(recording.recorders)
 
     def attach(self, main: Pass) -> None:
         """Record what happens in this pass."""
@@ -73,8 +72,10 @@ class Recordings:
 
     def _watch(self, places: Iterable[Any]) -> None:
         for place in places:
-            if self._pass is not None and not place._modules:
-                self._pass.watch(place)
+            if self._pass is not None:
+                self._pass.attended.add(place)
+                if not place._modules:
+                    self._pass.watch(place)
 
     def finish(self) -> None:
         """The run went well."""

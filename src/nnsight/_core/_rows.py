@@ -6,110 +6,157 @@ the batch may belong to something else, and a router's `[batch * seq, d]` has no
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import torch
 
 from ..errors import EditError, RowsError
-from ._leaves import leaves_of, map_leaves, restore
-
-SHARED = -1  # a tensor that all rows have in common
-UNKNOWN = -2  # a tensor whose rows cannot be told apart
-
-Layout = Mapping[str, int]  # for each leaf of a value, the dimension that follows the batch, or one of the above
+from ._aliases import rows_of
+from ._joins import Joins, Piece
+from ._leaves import map_leaves
 
 
-class Rows(NamedTuple):
-    """Rows `start` to `start + size` of a batch of `total`."""
+class Part(NamedTuple):
+    """From `start` on, `size` of `total`."""
 
     start: int
     size: int
     total: int
 
-    def span(self, length: int, path: str) -> tuple[int, int]:
-        """The part of a dimension of `length` that belongs to these rows."""
-        each, rest = divmod(length, self.total)
-        if rest or not each:
-            raise RowsError(_UNEVEN.format(path=path, length=length, total=self.total))
-        return self.start * each, self.size * each
 
+class Follow(NamedTuple):
+    """A dimension that follows the batch.
 
-def take(value: Any, layout: Layout, rows: Rows, path: str) -> Any:
-    """`value` with every tensor narrowed to `rows`; views, so that in-place edits reach the model."""
-
-    def narrow(at: str, tensor: torch.Tensor) -> torch.Tensor:
-        dim = layout[at]
-        if dim == SHARED:
-            return tensor
-        if dim == UNKNOWN:
-            raise RowsError(_UNKNOWN.format(path=f"{path}{at}", shape=list(tensor.shape)))
-        return tensor.narrow(dim, *rows.span(tensor.shape[dim], f"{path}{at}"))
-
-    return map_leaves(narrow, value)
-
-
-def put(value: Any, layout: Layout, rows: Rows, seen: Mapping[str, torch.Tensor], new: Any, path: str) -> Any:
-    """`new`, which stands for `rows` alone, as a value of the whole batch.
-
-    `seen` holds the leaves that the block was given for these rows: one of them, or of `value`, that is still in `new`
-    means "as it was".
+    Along it the batch stands `groups` times one after the other (twice under classifier-free guidance: `[uncond; cond]`).
+    Where it counts what is attached to rows, images for one, `units` says how much of each there was where a row had `each`.
     """
-    whole, parts = leaves_of(value), leaves_of(new)
-    if whole.keys() != parts.keys():
-        raise EditError(
-            f"{path} holds {len(whole)} tensors ({_names(whole)}) and was assigned {len(parts)} ({_names(parts)}): in a "
-            "batch of several invokes an assigned value must have the form of the one it replaces."
-        )
-    merged = {}
-    for at, old in whole.items():
-        part = parts[at]
-        unchanged = part is old or part is seen.get(at)
-        merged[at] = old if unchanged else _merge(old, part, layout[at], rows, f"{path}{at}")
-    return restore(new, value, merged)
+
+    dim: int
+    groups: int = 1
+    each: int = 1
+    units: tuple[tuple[str, int], ...] = ()
 
 
-def _names(leaves: Mapping[str, torch.Tensor]) -> str:
-    return ", ".join(at or "itself" for at in list(leaves)[:6]) + (", …" if len(leaves) > 6 else "")
+# For each leaf of a value () where all rows have it in common, and None where they cannot be told apart.
+Follows = tuple[Follow, ...] | None
+Layout = Mapping[str, Follows]
+
+SHARED: Follows = ()
+UNKNOWN: Follows = None
+BATCH_FIRST: Follows = (Follow(0),)
+
+Parts = list[tuple["Rows", torch.Tensor]]
 
 
-def _merge(old: torch.Tensor, part: torch.Tensor, dim: int, rows: Rows, path: str) -> torch.Tensor:
-    if dim < 0:
-        kind = _SHARED if dim == SHARED else _UNKNOWN
-        raise RowsError(kind.format(path=path, shape=list(old.shape)))
-    start, size = rows.span(old.shape[dim], path)
-    expected = [*old.shape[:dim], size, *old.shape[dim + 1 :]]
+class Rows(NamedTuple):
+    """Rows `start` to `start + size` of a batch of `total`, and by name their part of what is attached to rows."""
+
+    start: int
+    size: int
+    total: int
+    attached: Mapping[str, Part] = {}
+
+    def pieces(self, length: int, follow: Follow, path: str) -> list[tuple[int, int]]:
+        """Start and size of each part of a dimension of `length` that belongs to these rows."""
+        group, rest = divmod(length, follow.groups)
+        span = None if rest else self._span(group, follow)
+        if span is None:
+            raise RowsError(_UNEVEN.format(path=path, length=length, total=self.total))
+        return [(number * group + span[0], span[1]) for number in range(follow.groups)]
+
+    def match(self, length: int, follow: Follow) -> bool:
+        """Whether a dimension of `length` can follow the batch in this way."""
+        return not length % follow.groups and self._span(length // follow.groups, follow) is not None
+
+    def _span(self, length: int, follow: Follow) -> tuple[int, int] | None:
+        if not follow.units:
+            return None if length % self.total or not length else _share(self, length)
+        # Images may have several sizes, so a dimension counts images or patches: whichever it fits, and to one answer.
+        known = [(self.attached[name], unit) for name, unit in follow.units if name in self.attached]
+        fitting = [part for part, unit in known if part.total and length * unit == part.total * follow.each]
+        answers = {_share(part, length) for part in fitting}
+        return answers.pop() if len(answers) == 1 else None
+
+
+def _share(part: Part | Rows, length: int) -> tuple[int, int] | None:
+    start, size = part.start * length, part.size * length
+    return None if start % part.total or size % part.total else (start // part.total, size // part.total)
+
+
+def split_rows(sizes: Sequence[int], attached: Sequence[Mapping[str, int]] = ()) -> Iterator[Rows]:
+    """The rows of each of several inputs, from how many each has, and how much of what is attached to rows."""
+    counts = attached or [{}] * len(sizes)
+    names = dict.fromkeys(name for count in counts for name in count)
+    for i, size in enumerate(sizes):
+        parts = {name: _part([count.get(name, 0) for count in counts], i) for name in names}
+        yield Rows(sum(sizes[:i]), size, sum(sizes), parts)
+
+
+def _part(sizes: Sequence[int], i: int) -> Part:
+    return Part(sum(sizes[:i]), sizes[i], sum(sizes))
+
+
+def take(value: Any, layout: Layout, rows: Rows, path: str, joins: Joins) -> Any:
+    """`value` with every tensor narrowed to `rows`: views, so that in-place edits reach the model, where that can be."""
+    return map_leaves(lambda at, leaf: _narrow(leaf, layout.get(at, UNKNOWN), rows, f"{path}{at}", joins), value)
+
+
+def _narrow(tensor: torch.Tensor, follows: Follows, rows: Rows, path: str, joins: Joins) -> torch.Tensor:
+    if follows is None:
+        raise RowsError(_UNKNOWN.format(path=path, shape=list(tensor.shape)))
+    for follow in follows:
+        dim, pieces = follow.dim, rows.pieces(tensor.shape[follow.dim], follow, path)
+        start, size = pieces[0]
+        if len(pieces) > 1:
+            tensor = _pick(tensor, dim, pieces)
+        elif len(follows) > 1:
+            tensor = tensor.narrow(dim, start, size)
+        else:
+            tensor = rows_of(tensor, dim, start, size, *joins.source(tensor, dim, start, size))
+    return tensor
+
+
+def _pick(tensor: torch.Tensor, dim: int, pieces: list[tuple[int, int]]) -> torch.Tensor:
+    """Parts that do not lie together: a view only where each is a single entry."""
+    (start, size), (following, _) = pieces[:2]
+    if size == 1:
+        return tensor[(*[slice(None)] * dim, slice(start, None, following - start))]
+    return torch.cat([tensor.narrow(dim, *piece) for piece in pieces], dim)
+
+
+def fit(whole: torch.Tensor, part: torch.Tensor, follows: Follows, rows: Rows, path: str) -> torch.Tensor:
+    """`part` as it can stand for `rows` of `whole`."""
+    if follows is None or len(follows) != 1:
+        kind = _UNKNOWN if follows is None else _TWO if follows else _SHARED
+        raise RowsError(kind.format(path=path, shape=list(whole.shape)))
+    dim = follows[0].dim
+    size = sum(size for _, size in rows.pieces(whole.shape[dim], follows[0], path))
+    expected = [*whole.shape[:dim], size, *whole.shape[dim + 1 :]]
     if list(part.shape) != expected:
         try:
-            part = part.expand(expected)
+            part = part.expand(expected).contiguous()
         except RuntimeError:
             raise EditError(
                 f"{path} was assigned a tensor of shape {list(part.shape)}; the rows of this invoke have {expected}."
             ) from None
-    end = start + size
-    pieces = (old.narrow(dim, 0, start), part.to(old), old.narrow(dim, end, old.shape[dim] - end))
-    return torch.cat([piece for piece in pieces if piece.shape[dim]], dim)
+    return part.to(whole)
 
 
-def join_views(value: Any, layout: Layout, views: list[tuple[Rows, Any]], path: str) -> Any:
-    """`value` composed of the views that blocks hold, so that gradients pass through them; objects stay as they are."""
-    held = [(rows, leaves_of(seen)) for rows, seen in sorted(views, key=lambda view: view[0].start)]
-
-    def join(at: str, tensor: torch.Tensor) -> torch.Tensor:
-        dim = layout[at]
-        if dim < 0 or not tensor.requires_grad:
-            return tensor
-        pieces, done = [], 0
-        for rows, tensors in held:
-            start, size = rows.span(tensor.shape[dim], path)
-            if start < done or tensors[at].shape[dim] != size:
-                return tensor
-            pieces += [tensor.narrow(dim, done, start - done), tensors[at]]
-            done = start + size
-        pieces.append(tensor.narrow(dim, done, tensor.shape[dim] - done))
-        return torch.cat([piece for piece in pieces if piece.shape[dim]], dim)
-
-    return map_leaves(join, value, in_objects=False)
+def pieces_of(whole: torch.Tensor, follow: Follow, parts: Parts) -> list[Piece]:
+    """What a tensor like `whole` with `parts` in their rows is made of, in order."""
+    placed: list[tuple[int, Piece]] = []
+    for rows, part in parts:
+        used = 0
+        for start, size in rows.pieces(whole.shape[follow.dim], follow, ""):
+            placed.append((start, Piece(part, used, size)))
+            used += size
+    found, at = [], 0
+    for start, piece in sorted(placed, key=lambda pair: pair[0]):
+        found += [Piece(whole, at, start - at), piece]
+        at = start + piece.size
+    found.append(Piece(whole, at, whole.shape[follow.dim] - at))
+    return [piece for piece in found if piece.size]
 
 
 _UNEVEN = """\
@@ -125,3 +172,7 @@ in tracer.invoke() without input, which sees the whole batch."""
 _SHARED = """\
 {path} (shape {shape}) is shared by all rows of the batch, so one invoke cannot change it for itself alone. Change it in \
 tracer.invoke() without input, for the whole batch, or trace this input alone."""
+
+_TWO = """\
+{path} (shape {shape}) follows the batch in two dimensions, so one invoke cannot assign a part of it. Change it in place \
+(`value[:] = ...`), or trace this input alone."""

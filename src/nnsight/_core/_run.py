@@ -8,7 +8,6 @@ from typing import Any
 
 import torch
 from torch.nn import Module
-from torch.nn.modules.module import _global_forward_hooks
 
 from ..config import CONFIG
 from ..errors import EditError, NNsightError, OutOfOrderError, StoppedError, WaitError
@@ -16,6 +15,7 @@ from ._edits import Edits
 from ._fakes import Fakes
 from ._frames import user_frame
 from ._instrument import Instruments
+from ._joins import Joins
 from ._layouts import Layouts, Probe
 from ._leaves import leaves_of
 from ._modes import capture_modes
@@ -23,8 +23,8 @@ from ._order import explain_late
 from ._pass import Override, Pass
 from ._record import Recording, Recordings
 from ._replay import Replay
-from ._rows import Layout, Rows, take
-from ._scoped import Scoped
+from ._rows import BATCH_FIRST, Layout, Rows, take
+from ._scoped import Scoped, join_parts, leave_parts, settle_parts
 from ._tensors import map_tensors
 from ._tuples import as_native
 from ._visit import INPUT, OUTPUT, STEP, OperationPlace, Place, Request, Visit
@@ -87,6 +87,7 @@ class Run:
         self.saved: list[Any] = []
         self.recordings = Recordings()
         self.layouts: Layouts | None = None
+        self.joins = Joins()
         self.fakes: Fakes | None = None  # in a scan
         self._prepare: Callable[[], Call] | None = prepare
         self._stopped = False
@@ -106,21 +107,17 @@ class Run:
             call = self._make_call()
             self.edits.begin(call)
             self.instruments.install()
+            begin = None if self.lone else self._begin
             self.main = Pass(
-                call,
-                self.instruments,
-                self.stepper,
-                self.modes,
-                self.overrides,
-                self._serve,
-                self._missed,
-                self._begin,
+                call, self.instruments, self.stepper, self.modes, self.overrides, self._serve, self._missed, begin
             )
+            self.main.hand_on = self.edits.leave
             if call.repeatable and not self.strict:
                 self.edits.note_parameters(self.instruments)
             if self.instruments.profile is None or call.fake:
                 self.main.learn(keep=not call.fake)
-            self.recordings.attach(self.main)
+            if self.recordings:
+                self.recordings.attach(self.main)
         return self.main
 
     def finish(self) -> None:
@@ -133,28 +130,31 @@ class Run:
         while not main.done and not self._is_stopped():
             main.advance()
             self._raise_failure(main)
-        self._settle(main)
-        self.edits.check_late_reads()
-        self.recordings.finish()
+        if not self.lone:
+            self._settle(main)
+        if self.edits.late_reads:
+            self.edits.check_late_reads()
+        if self.recordings:
+            self.recordings.finish()
 
     def close(self) -> None:
         """Unwind what still stands, put the modules back, and let go of every value."""
         if self.over:
             return
         self.over = True
-        for worker in self.workers:
-            worker.close()
-        if self._replay is not None:
-            self._replay.close()
-            self._replay = None
-        if self.main is not None:
-            self.main.close()
-            self.instruments.remove()
-            self.main = None
+        try:
+            for running in (*self.workers, self._replay, self.main):
+                if running is not None:
+                    running.close()
+        finally:
+            if self.main is not None:
+                self.instruments.remove()
+            self.main = self._replay = None
         self.recordings.close()
         self.call = self._prepare = self._failure = None
         self.overrides.clear()
         self.edits.clear()
+        self.joins.clear()
         self.workers.clear()
 
     def stop(self, worker: Worker) -> None:
@@ -182,6 +182,8 @@ class Run:
         here = main.here
         if here is not None and here.place is place and here.is_occurrence(request):
             if here.kind == kind or (kind == INPUT and not write):
+                if here.scoped is not None:
+                    join_parts(here, worker)
                 return here
         if worker.stopped or self.edits.late_reads:
             self._check_usable(worker)
@@ -192,21 +194,22 @@ class Run:
         if not (main.done or ((place in main.counts or worker.step is not None) and main.has_passed(request))):
             visit = self._park(worker, request, main)
             if visit is not None:
+                if visit.scoped is not None:
+                    join_parts(visit, worker)
                 return visit
         return self._late(request, worker, write)
 
     def read(self, worker: Worker, place: Any, kind: str, path: str) -> tuple[Visit, Any]:
         """The value at a place, with the visit it belongs to."""
-        if self.lone and kind == OUTPUT and not place._modules:
+        if self.lone and kind == OUTPUT:
             main = self.main or self.start()
-            hooked = place._forward_hooks or _global_forward_hooks
-            if not hooked and place not in main.counts and place not in self.overrides:
-                visit = self._await_leaf(worker, place, path, main)
+            if place not in main.counts and main.is_ahead(place):
+                visit = self._await(worker, place, path, main)
                 value = visit.value
-                if type(value) is torch.Tensor and visit is main.here and self.edits.keeping:
-                    if not value.is_inference():
-                        visit.given = [(value, [(value, value._version)], path)]
-                        return visit, value
+                if visit is main.here:
+                    if self.edits.keeping:
+                        self.edits.give(visit, value, path)
+                    return visit, value
         visit = self.reach(worker, place, kind, path)
         value = visit.value if visit.kind == kind else visit.inputs
         if worker.rows is not None:
@@ -227,12 +230,15 @@ class Run:
         if isinstance(visit.place, Place) and visit.place.read_only:
             raise EditError(f"{path} can be read, not changed: change the values it is made from.")
         value = value if type(value) is torch.Tensor else as_native(value)
-        if worker.rows is not None:
-            value = self._scoped(visit, visit.kind, visit.value, worker.rows).merge(worker, value, path)
         if not visit.written:
             visit.before = visit.value
-        visit.value = value
         visit.written = True
+        if worker.rows is not None:
+            self._scoped(visit, visit.kind, visit.value, worker.rows).merge(worker, value, path)
+        else:
+            visit.value = value
+            if visit.scoped is not None and visit.kind in visit.scoped:
+                visit.scoped[visit.kind].replace(value)
         self.edits.note_write(path, frame or user_frame())
 
     def skip(self, worker: Worker, place: Any, path: str, value: Any) -> None:
@@ -267,18 +273,20 @@ class Run:
         finally:
             worker.condition = None
         if not condition():
-            raise WaitError(f"{worker.label} waits for {what()}: that cannot come any more.")
+            raise WaitError(f"{worker.label} waits for what cannot come any more: {what()}")
 
     def record(self, recording: Recording) -> None:
         """Tell recorders about every call of their places from now on."""
         self.lone = False
         self.recordings.add(recording)
+        if self.main is not None:
+            self.recordings.attach(self.main)
 
     def part(self, worker: Worker, place: Any, kind: str, value: Any, index: int, path: str) -> Any:
         """The rows of `worker` in a value of the call number `index` of a place."""
         assert self.main is not None
         visit = Visit(place, kind, value, index, max(self.main.step, 0), self.main.call_in_step(place, index))
-        return take(value, self._layout(visit, kind, value, worker.rows.total), worker.rows, path)
+        return take(value, self._layout(visit, kind, value, worker.rows), worker.rows, path, self.joins)
 
     def fail(self, error: BaseException) -> None:
         """Called by a deferred worker whose code raised: the run ends with this error."""
@@ -304,23 +312,16 @@ class Run:
             self._replay = Replay(self)
         return self._replay.reach(request)
 
-    def _await_leaf(self, worker: Worker, leaf: Module, path: str, main: Pass) -> Visit:
-        """`reach` for the output of a leaf that has not run yet, where nobody else wants anything."""
-        main.watch(leaf)
-        request = worker.request_for(leaf, OUTPUT, path)
-        if leaf in main.counts or main.done:
-            return self.reach(worker, leaf, OUTPUT, path)
-        worker.request = request
-        main.awaited = leaf
-        try:
-            main.advance()
-        finally:
-            worker.request = main.awaited = None
+    def _await(self, worker: Worker, module: Module, path: str, main: Pass) -> Visit:
+        """`reach` for the output of a module that is still to come, where nobody else wants anything."""
+        main.awaited = module
+        main.advance()
         here = main.here
-        if here is not None and here.place is leaf:
+        if here is not None and here.place is module:
             return here
+        main.awaited = None
         self._raise_failure(main)
-        return self._late(request, worker, False)
+        return self._late(worker.request_for(module, OUTPUT, path), worker, False)
 
     # --- the schedule ---------------------------------------------------------------------------------------
 
@@ -369,6 +370,8 @@ class Run:
     def _serve(self, visit: Visit) -> None:
         """In the model's coroutine: let everybody run who waits for this visit, in the order written."""
         workers, place = self.workers, visit.place
+        if self.joins:
+            self.joins.begin()
         going = True
         while going:
             going = False
@@ -384,9 +387,13 @@ class Run:
                         break
                     going = len(workers) > 1
                     self._let_run(worker)
+                    if visit.scoped is not None:
+                        self._in_rows(settle_parts, visit, worker)
+        if self.joins:
+            self._in_rows(self.joins.check)
         if visit.scoped is not None:
-            self._leave_scoped(visit)
-        if visit.written or visit.given is not None:
+            self._in_rows(leave_parts, visit, self.edits)
+        if visit.written or visit.lent is not None or visit.given is not None:
             self.edits.leave(visit)
 
     def _begin(self) -> None:
@@ -400,33 +407,27 @@ class Run:
         if scoped is None:
             scoped = visit.scoped = {}
         if kind not in scoped:
-            scoped[kind] = Scoped(value, self._layout(visit, kind, value, rows.total))
-        scoped[kind].value = value
+            scoped[kind] = Scoped(value, self._layout(visit, kind, value, rows), self.joins)
         return scoped[kind]
 
-    def _layout(self, visit: Visit, kind: str, value: Any, total: int) -> Layout:
+    def _layout(self, visit: Visit, kind: str, value: Any, rows: Rows) -> Layout:
         call = self.call
         assert call is not None
         place = visit.place
         known = place.__class__ is OperationPlace and place.shown
         if known or place in call.batch_first or call.probe is None:
-            return dict.fromkeys(leaves_of(value), 0)
+            return dict.fromkeys(leaves_of(value), BATCH_FIRST)
         owner = self if call.fake else self.instruments
         if owner.layouts is None:
             owner.layouts = Layouts(self.instruments, self.stepper)
-        return owner.layouts.find(visit, kind, value, total, call.probe, self.overrides)
+        return owner.layouts.find(visit, kind, value, rows, call.probe, self.overrides)
 
-    def _leave_scoped(self, visit: Visit) -> None:
-        scoped = (visit.scoped or {}).get(visit.kind)
-        if scoped is None:
-            return
-        scoped.value = visit.value
+    def _in_rows(self, step: Callable[..., None], *given: Any) -> None:
         try:
-            visit.value = scoped.leave()
+            step(*given)
         except NNsightError as error:
             self._failure = error
-            self.main.pause()  # type: ignore[union-attr]
-        visit.written = visit.written or scoped.written
+            self.main.pause()  # type: ignore[union-attr]  # called in its coroutine
 
     def _missed(self) -> None:
         """In the model's coroutine: wake whoever waits for something that has passed."""

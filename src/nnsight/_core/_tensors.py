@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Callable
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
+from torch._subclasses.fake_tensor import FakeTensor
 
 from ._tuples import AssignableTuple, rebuild
 
@@ -22,6 +23,17 @@ def tensors_in(value: Any) -> list[torch.Tensor]:
     elif not isinstance(value, (tuple, list)):
         return []
     return [tensor for item in value for tensor in tensors_in(item)]
+
+
+def constants_in(value: Any) -> list[Any]:
+    """Everything but the tensors in nested tuples, lists and mappings, keys included."""
+    if isinstance(value, torch.Tensor):
+        return []
+    if isinstance(value, dict):
+        return [*value, *(constant for item in value.values() for constant in constants_in(item))]
+    if isinstance(value, (tuple, list)):
+        return [constant for item in value for constant in constants_in(item)]
+    return [value]
 
 
 def map_tensors(function: Callable[[torch.Tensor], Any], value: Any) -> Any:
@@ -44,10 +56,10 @@ def map_tensors(function: Callable[[torch.Tensor], Any], value: Any) -> Any:
 
 def snapshot(value: Any) -> Snapshot | None:
     """Which tensors `value` holds, at which versions; None where PyTorch keeps no versions."""
-    tensors = tensors_in(value)
-    if any(tensor.is_inference() for tensor in tensors):
+    try:
+        return [(tensor, tensor._version) for tensor in tensors_in(value)]
+    except RuntimeError:  # an inference tensor
         return None
-    return [(tensor, tensor._version) for tensor in tensors]
 
 
 def holds_others(value: Any, before: Snapshot) -> bool:
@@ -62,3 +74,29 @@ def has_changed(value: Any, before: Snapshot) -> bool:
     return len(now) != len(before) or any(
         tensor is not old or tensor._version != version for tensor, (old, version) in zip(now, before, strict=True)
     )
+
+
+class Mark(NamedTuple):
+    """A tensor, and what tells whether it was changed in place since; inference tensors have no version."""
+
+    tensor: torch.Tensor
+    version: int
+    copy: torch.Tensor | None
+
+
+def mark(tensor: torch.Tensor) -> Mark:
+    """`tensor` as it is now."""
+    return Mark(tensor, 0, tensor.clone()) if tensor.is_inference() else Mark(tensor, tensor._version, None)
+
+
+def are_changed(marks: list[Mark]) -> bool:
+    """Whether any of these tensors was changed in place."""
+    return any(_is_changed(*entry) for entry in marks)
+
+
+def _is_changed(tensor: torch.Tensor, version: int, copy: torch.Tensor | None) -> bool:
+    if copy is None:
+        return tensor._version != version
+    if isinstance(tensor, FakeTensor):
+        return False
+    return not bool(((tensor == copy) | ((tensor != tensor) & (copy != copy))).all())

@@ -5,6 +5,8 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 if TYPE_CHECKING:
+    import torch
+
     from ._scoped import Scoped
     from ._tensors import Snapshot
 
@@ -68,9 +70,9 @@ class Request(NamedTuple):
 class Visit:
     """One occurrence of a place.
 
-    `index` counts the place's calls in the run, `call` those within `step`.  `inputs` is `(args, kwargs)`
-    at an output, `given` what blocks were handed, `scoped` what workers with rows of their own see, `skipped` holds at
-    an input the value that stands for the call.
+    `index` counts the place's calls in the run, `call` those within `step`.  `inputs` is `(args, kwargs)` at an output,
+    `lent` and `given` what blocks were handed, `scoped` what workers with rows of their own see, `skipped` holds at an
+    input the value that stands for the call.
     """
 
     __slots__ = (
@@ -80,6 +82,7 @@ class Visit:
         "index",
         "inputs",
         "kind",
+        "lent",
         "place",
         "scoped",
         "skipped",
@@ -96,6 +99,7 @@ class Visit:
         self.step = step
         self.call = call
         self.inputs = inputs
+        self.lent: tuple[torch.Tensor, int, str] | None = None
         self.given: list[tuple[Any, Snapshot, str]] | None = None
         self.scoped: dict[str, Scoped] | None = None
         self.written = False

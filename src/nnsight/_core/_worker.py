@@ -10,8 +10,6 @@ from contextvars import ContextVar
 from types import FrameType
 from typing import TYPE_CHECKING, Any
 
-from greenlet import GreenletExit
-
 from ._coroutine import Coroutine
 from ._modes import capture_modes, end_loan, is_inference, lend_inference, switch_modes
 from ._visit import Request, Visit
@@ -36,6 +34,14 @@ def find_worker(instruments: Instruments | None = None) -> Worker | None:
             candidates.append(worker)
         worker = worker.outer
     return candidates[0] if len(candidates) == 1 else _nearest(candidates)
+
+
+def worker_of(run: Run) -> Worker | None:
+    """The block of a run that the current code belongs to, also inside a block of another one."""
+    worker = active.get()
+    while worker is not None and (worker.run is not run or worker.finished):
+        worker = worker.outer
+    return worker
 
 
 def _nearest(candidates: list[Worker]) -> Worker | None:
@@ -166,10 +172,9 @@ class Worker:
             active.set(self)
             try:
                 body()
-            except GreenletExit:
-                pass
             except BaseException as error:
-                self.run.fail(error)
+                if not self.finished:  # else it is being closed
+                    self.run.fail(error)
             finally:
                 self.finished = True
 

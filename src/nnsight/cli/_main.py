@@ -14,6 +14,7 @@ from nnsight import __version__
 from nnsight.errors import NNsightError
 
 from ._demo import run_demo
+from ._serve import add_server_commands, run_server_command
 
 FAILED = 2
 INTERRUPTED = 130
@@ -57,6 +58,8 @@ def _run(argv: Sequence[str] | None) -> None:
         parser.print_help()
     elif options.command == "demo":
         run_demo(options.prompt, options.corrupted, options.model, options.out)
+    else:
+        run_server_command(options)
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -77,6 +80,7 @@ def _parser() -> argparse.ArgumentParser:
     )
     demo.add_argument("--model", default="nnsight/landmarks", help="a hub name or a folder")
     demo.add_argument("--out", type=Path, default=Path("nnsight-demo"), help="the folder for the files")
+    add_server_commands(commands)
     return parser
 
 

@@ -122,6 +122,9 @@ class Envoy(Values):
     def __getattr__(self, name: str) -> Any:
         if name.startswith("__") or "_module" not in self.__dict__:
             raise AttributeError(name)
+        child = self._children.get(name)
+        if child is not None and self._module._modules.get(name) is child._module:
+            return child
         child = self._child(name) or self._renamed(name)
         if child is not None:
             return child

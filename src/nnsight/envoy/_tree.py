@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import difflib
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from types import FrameType
 from typing import TYPE_CHECKING, Any
 
@@ -104,6 +104,18 @@ def first_input(inputs: tuple[tuple[Any, ...], dict[str, Any]], path: str) -> An
     if kwargs:
         return next(iter(kwargs.values()))
     raise EditError(f"{path} was called without any argument, so it has no .input; .inputs gives ((), {{}}).")
+
+
+def as_inputs(value: Any, path: str) -> tuple[tuple[Any, ...], dict[str, Any]]:
+    """What is assigned to `.inputs`, if it has the form of `.inputs`."""
+    if isinstance(value, (tuple, list)) and len(value) == 2:
+        args, kwargs = value
+        if isinstance(args, (tuple, list)) and isinstance(kwargs, Mapping):
+            return tuple(args), dict(kwargs)
+    raise EditError(
+        f"{path}.inputs is (args, kwargs), all that it is called with: assign a pair like ((hidden,), {{'mask': mask}}). The "
+        f"first argument alone is {path}.input."
+    )
 
 
 def with_first_input(visit: Visit, value: Any) -> tuple[tuple[Any, ...], dict[str, Any]]:

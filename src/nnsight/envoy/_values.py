@@ -10,7 +10,7 @@ import torch
 from nnsight._core import INPUT, OUTPUT, active
 
 from ..errors import InputError
-from ._tree import Tree, first_input, with_first_input
+from ._tree import Tree, as_inputs, first_input, with_first_input
 
 Kind = TypeVar("Kind", bound="Values")
 
@@ -64,8 +64,7 @@ class Values:
 
     @inputs.setter
     def inputs(self, value: tuple[tuple[Any, ...], dict[str, Any]]) -> None:
-        args, kwargs = value
-        self._tree.write(self._place, self._path, INPUT, (tuple(args), dict(kwargs)), sys._getframe(1))
+        self._tree.write(self._place, self._path, INPUT, as_inputs(value, self._path), sys._getframe(1))
 
     @property
     def input(self) -> Any:

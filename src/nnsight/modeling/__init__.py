@@ -1,4 +1,11 @@
 """Models: how each kind is loaded, fed and shown."""
 
 from ._base import NNsight as NNsight
+from ._elsewhere import Elsewhere as Elsewhere
+from ._elsewhere import set_opener as set_opener
 from ._language import LanguageModel as LanguageModel
+from ._portable import is_model_output as is_model_output
+from ._portable import put_together as put_together
+from ._portable import take_apart as take_apart
+from ._transformers import TransformersModel as TransformersModel
+from ._vision import VisionLanguageModel as VisionLanguageModel

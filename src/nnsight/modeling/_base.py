@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Mapping, Sequence
-from typing import Any, Literal, overload
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, Literal, cast, overload
 
 from torch.nn import Module
 
@@ -13,8 +13,10 @@ from .._core import Call, Override, Probe
 from ..envoy import Aliases, Classes, Envoy, Tree
 from ..errors import InputError, NoInputError
 from ..names import Name, Named, find_named
-from ..trace import IN_A_TRACE, Edit, Editing, Given, Prepared, ScanTracer, Session, Tracer, save
+from ..trace import IN_A_TRACE, Edit, Editing, FunctionEdit, Given, Prepared, ScanTracer, Session, Tracer, save
+from ._apply import Applied, Intervention, edits_of
 from ._batch import join_inputs
+from ._elsewhere import open_elsewhere
 from ._probe import choose_rows, select_rows
 
 
@@ -65,7 +67,10 @@ class NNsight(Named):
             kinds = {type(self), Envoy, *(envoys or {}).values()}
             taken = {name for kind in kinds for name in dir(kind) if not isinstance(vars(Named).get(name), Name)}
             tree.aliases = Aliases(module, rename, taken)
-        self._edits: list[Edit] = []
+        self._edits: list[Edit | FunctionEdit] = []
+        self._rename = dict(rename) if rename else None
+
+    _is_served = False  # a server's own: what asks to run elsewhere has arrived there
 
     @property
     def _model(self) -> Module:
@@ -90,7 +95,8 @@ class NNsight(Named):
             *inputs: What the model is called with.
             trace: False calls the model plainly and returns its result.
             strict_order: Make reading a place that has passed an error; otherwise a second forward pass serves it.
-            **kwargs: Keyword arguments of the forward.
+            **kwargs: Keyword arguments of the forward; `remote=True`, `timeout=` (seconds), `blocking=False` and
+                `backend="local-process"` run the block elsewhere.
 
         Returns:
             A `Tracer` to use in a `with` statement, or with `trace=False` what the model returns.
@@ -98,7 +104,10 @@ class NNsight(Named):
         Raises:
             NoInputError: Neither here nor in an invoke was the model given an input.
         """
-        given = Given(inputs, {}) if inputs or self._gives_input(kwargs) else None
+        elsewhere = open_elsewhere(self, "trace", inputs, kwargs, strict_order=strict_order)
+        if elsewhere is not None:
+            return elsewhere
+        given = self._take_given(inputs, kwargs)
         if not trace:
             return self._prepare([given] if given else [], kwargs).call()
         return Tracer(
@@ -109,7 +118,7 @@ class NNsight(Named):
             strict_order=strict_order,
         )
 
-    def scan(self, *inputs: Any, strict_order: bool = False, **kwargs: Any) -> ScanTracer:
+    def scan(self, *inputs: Any, strict_order: bool = False, **kwargs: Any) -> Any:
         """Trace shapes and dtypes only: nothing is computed, and weights need not be there.
 
         Values inside the block, and after it, are fake tensors, which know their shape, strides, dtype and
@@ -138,7 +147,10 @@ class NNsight(Named):
             NoInputError: The model was given no input.
             ScanError: A shape depends on values; the message names the module.
         """
-        given = Given(inputs, {}) if inputs or self._gives_input(kwargs) else None
+        elsewhere = open_elsewhere(self, "scan", inputs, kwargs, strict_order=strict_order)
+        if elsewhere is not None:
+            return elsewhere
+        given = self._take_given(inputs, kwargs)
         tracer = ScanTracer(
             self._tree,
             lambda givens: self._prepare(givens, kwargs),
@@ -152,8 +164,10 @@ class NNsight(Named):
         """Forwards to use in a scan in place of those whose shapes depend on values."""
         return {}
 
-    def session(self) -> Session:
+    def session(self, **options: Any) -> Any:
         """Group traces that belong together; values of one are ordinary variables in the next.
+
+        With `remote=True` the whole block runs on the server, as one job.
 
         Example:
             >>> from nnsight import LanguageModel
@@ -163,12 +177,21 @@ class NNsight(Named):
             ...         hidden = model.transformer.h[0].output[0].save()
             ...     with model.trace("World"):
             ...         model.transformer.h[0].output[0][:] = hidden
-        """
-        return Session(self._tree)
 
-    def _gives_input(self, kwargs: dict[str, Any]) -> bool:
-        """Whether the keyword arguments of a trace are themselves an input."""
-        return bool(kwargs)
+        Args:
+            **options: `remote=True`, and with it `timeout=`, `blocking=` and `backend=`, as for `trace`.
+
+        Returns:
+            A context for a `with` statement.
+        """
+        elsewhere = open_elsewhere(self, "session", (), options)
+        if options:
+            raise InputError(f"model.session() takes no {', '.join(options)}.")
+        return Session(self._tree) if elsewhere is None else elsewhere
+
+    def _take_given(self, inputs: tuple[Any, ...], kwargs: dict[str, Any]) -> Given | None:
+        """The input of the trace itself; what belongs to it is taken out of `kwargs`."""
+        return Given(inputs, {}) if inputs or kwargs else None
 
     def _prepare(self, givens: list[Given], kwargs: dict[str, Any]) -> Prepared:
         if not givens:
@@ -188,14 +211,21 @@ class NNsight(Named):
         if len(sizes) < 2:
             return None
         places = choose_rows(sizes)
-        return lambda rows: Call(
-            self._module, *select_rows((args, kwargs), [places[row] for row in rows], sum(sizes)), repeatable=False
-        )
+
+        def make(rows: list[int]) -> Call:
+            chosen = select_rows((args, kwargs), [places[row] for row in rows], sum(sizes))
+            return Call(self._module, *chosen, repeatable=False)
+
+        return Probe(make)
 
     # --- edits -----------------------------------------------------------------------------------------------
 
-    def edit(self, *, inplace: bool = False) -> Editing:
-        """Store a block that runs in every later trace, at every step of a generation.
+    @overload
+    def edit(self, intervention: None = None, *, inplace: bool = False) -> Editing: ...
+    @overload
+    def edit(self, intervention: Intervention, *, inplace: bool = False) -> NNsight: ...
+    def edit(self, intervention: Intervention | None = None, *, inplace: bool = False) -> Editing | NNsight:
+        """Store a block, or an intervention, that runs in every later trace, at every step of a generation.
 
         Example:
             >>> import torch
@@ -209,13 +239,46 @@ class NNsight(Named):
             True
 
         Args:
+            intervention: An intervention as data, such as `nnsight.experiments.InterventionSpec`; without it, the block of
+                the `with` statement is stored.
             inplace: Edit this model; otherwise the `as` name becomes a second model that shares the weights.
 
         Returns:
-            A context whose `as` value is the edited model.
+            A context whose `as` value is the edited model; with an intervention, the edited model itself.
         """
         edited = self if inplace else self._copy()
+        if intervention is not None:
+            edited._edits += edits_of(self, intervention)
+            return edited
         return Editing(edited, edited._edits.append)
+
+    def apply(self, intervention: Intervention | Callable[[Module], None]) -> Any:
+        """Put an intervention in force for the traces and generations inside a `with` statement.
+
+        A function is applied to every submodule instead, as by `torch.nn.Module.apply`.
+
+        Example:
+            >>> from nnsight import LanguageModel
+            >>> from nnsight.experiments import Intervention, InterventionSpec
+            >>> model = LanguageModel("nnsight/landmarks")
+            >>> spec = InterventionSpec(Intervention("mlp_out[3]", "zero"))
+            >>> with model.apply(spec), model.trace("The Eiffel Tower is in"):
+            ...     silent = model.mlp_out[3].save()
+            >>> bool((silent == 0).all())
+            True
+
+        Args:
+            intervention: An intervention as data, such as `nnsight.experiments.InterventionSpec`.
+
+        Returns:
+            A context whose `as` value is this model.
+
+        Raises:
+            InputError: The intervention does not fit this model, or a trace is open already.
+        """
+        if not hasattr(intervention, "prepare"):
+            return self._bind(self._module.apply)(intervention)
+        return Applied(self, edits_of(self, cast("Intervention", intervention)), self._edits)
 
     def clear_edits(self) -> None:
         """Drop every stored edit of this model; other models that share its weights keep theirs."""

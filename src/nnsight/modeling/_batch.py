@@ -53,7 +53,16 @@ def _join(values: list[Any]) -> Any:
         return type(first)(_join(list(items)) for items in zip(*values, strict=True))
     if all(value == first for value in values):
         return first
+    shown = ", ".join(sorted({_describe(value) for value in values}))
     raise InputError(
-        f"The invokes of one trace give different values ({', '.join(map(repr, values))}) where one value serves the whole "
-        "batch: pass it to trace() instead, or trace the inputs one by one."
+        f"The invokes of one trace give different values ({shown}) where one value serves the whole batch: pass it to "
+        "trace() instead, or trace the inputs one by one."
     )
+
+
+def _describe(value: Any) -> str:
+    if isinstance(value, torch.Tensor):
+        return f"a tensor {list(value.shape)}"
+    if isinstance(value, (tuple, list)):
+        return f"a {type(value).__name__} of {len(value)}"
+    return f"keys {[*value]}" if isinstance(value, dict) else repr(value)

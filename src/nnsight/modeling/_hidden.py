@@ -10,28 +10,26 @@ import ast
 import functools
 import textwrap
 from collections.abc import Callable, Iterator
-from typing import Any, SupportsIndex, cast
+from typing import Any
 
 import torch
 from torch._subclasses.fake_tensor import FakeTensor
 from torch.nn import Module
 
+from .._core import Alias, show_as
 from ..errors import SourceError
 from ..source import analyse
 
 _tensor = torch.Tensor
 
 
-class BlockOutput(torch.Tensor):
+class BlockOutput(Alias):
     """The hidden states a block returns, sharing storage with the model's own tensor.
 
     `[0]` is the hidden states and assigning `[0]` replaces them; another integer gives the item of the tuple
     that the block natively returns; any other index is the tensor's own.
     """
 
-    __torch_function__ = torch._C._disabled_torch_function_impl  # what is computed from it is a plain tensor  # pyright: ignore[reportAssignmentType]
-
-    _held: torch.Tensor
     _rest: tuple[Any, ...] | None
     _write: Callable[[Any], None]
 
@@ -61,51 +59,6 @@ class BlockOutput(torch.Tensor):
     def __iter__(self) -> Iterator[Any]:
         return iter((self._held, *(self._rest or ())))
 
-    # Gradients belong to the model's own tensor: this one is only a view of it.
-
-    @property
-    def grad(self) -> torch.Tensor | None:
-        return self._held.grad
-
-    @grad.setter
-    def grad(self, value: torch.Tensor | None) -> None:  # pyright: ignore[reportIncompatibleVariableOverride]
-        self._held.grad = value
-
-    @property
-    def requires_grad(self) -> bool:
-        return self._held.requires_grad
-
-    @requires_grad.setter
-    def requires_grad(self, value: bool) -> None:
-        self._held.requires_grad = value
-
-    @property
-    def grad_fn(self) -> Any:  # type: ignore[override]
-        return self._held.grad_fn
-
-    @property
-    def is_leaf(self) -> bool:  # type: ignore[override]
-        return self._held.is_leaf
-
-    def requires_grad_(self, requires_grad: bool = True) -> BlockOutput:  # type: ignore[override]
-        self._held.requires_grad_(requires_grad)
-        return self
-
-    def retain_grad(self) -> None:
-        self._held.retain_grad()
-
-    def register_hook(self, hook: Any) -> Any:
-        return self._held.register_hook(hook)
-
-    def _as_native(self) -> torch.Tensor:
-        return self._held
-
-    def __reduce_ex__(self, protocol: SupportsIndex) -> Any:
-        return self._held.__reduce_ex__(protocol)
-
-    def __deepcopy__(self, memo: dict[int, Any]) -> torch.Tensor:
-        return self._held.__deepcopy__(memo)
-
 
 class FakeBlockOutput(BlockOutput, FakeTensor):  # type: ignore[reportIncompatibleVariableOverride, reportIncompatibleMethodOverride]
     """The same in a scan."""
@@ -117,12 +70,7 @@ def show_block_output(value: Any, write: Callable[[Any], None]) -> Any:
     held = value[0] if native and value else value
     if not isinstance(held, torch.Tensor) or isinstance(held, BlockOutput):
         return value
-    if isinstance(held, FakeTensor):
-        shown = cast(FakeBlockOutput, torch.ops.aten.alias(held))
-        shown.__class__ = FakeBlockOutput  # a tensor made by a mode cannot be made again as another class
-    else:
-        shown = cast(BlockOutput, held.as_subclass(BlockOutput))
-    shown._held = held
+    shown = show_as(held, BlockOutput, FakeBlockOutput)
     shown._rest = tuple(value[1:]) if native else None
     shown._write = write
     return shown

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -36,12 +36,14 @@ def resolve(name: str) -> str:
 class Source:
     """Where a model comes from: a name or folder, and the options of `from_pretrained`."""
 
-    def __init__(self, name: str, auto_class: str, options: dict[str, Any]) -> None:
+    def __init__(self, name: str, kinds: Sequence[str], options: dict[str, Any]) -> None:
         self.name = name
         self.location = resolve(name)
-        self._auto_class = auto_class
+        self.options = dict(options)
         self._options = options
+        self.revision: str | None = options.get("revision")
         self.config = self._load_config(options.pop("config", None))
+        self._class = choose_class(self.config, kinds)
 
     def _load_config(self, config: Any) -> Any:
         from transformers import AutoConfig
@@ -54,38 +56,48 @@ class Source:
         except (OSError, ValueError) as error:
             raise LoadError(_NOT_FOUND.format(name=self.name, reason=_first_line(error))) from error
 
-    def load_tokenizer(self) -> Any:
-        """The model's own tokenizer, None where it has none."""
-        from transformers import AutoTokenizer
+    def load_processor(self, kind: str) -> Any:
+        """The model's own tokenizer ("AutoTokenizer") or processor ("AutoProcessor")."""
+        import transformers
 
         options = {key: self._options[key] for key in _CONFIG_OPTIONS if key in self._options}
         try:
-            return AutoTokenizer.from_pretrained(self.location, **options)
+            return getattr(transformers, kind).from_pretrained(self.location, **options)
         except (OSError, ValueError, KeyError, ImportError) as error:
-            raise LoadError(
-                f"The tokenizer of {self.name!r} could not be loaded ({_first_line(error)}). Pass tokenizer=…, or give "
-                "the model token ids."
-            ) from error
+            what = kind.removeprefix("Auto").lower()
+            raise LoadError(_NO_PROCESSOR.format(what=what, name=self.name, reason=_first_line(error))) from error
 
     def build_empty(self) -> Module:
         """The model's modules on the meta device: shapes, no weights."""
-        import transformers
-
-        auto = getattr(transformers, self._auto_class)
         allowed = {name: self._options[name] for name in _SHAPE_OPTIONS if self._options.get(name, "auto") != "auto"}
+        build = getattr(self._class, "from_config", None) or self._class._from_config
         with torch.device("meta"):
-            return auto.from_config(self.config, **allowed).eval()
+            return build(self.config, **allowed).eval()
 
     def load(self) -> Module:
         """The model with its weights."""
-        import transformers
-
-        auto = getattr(transformers, self._auto_class)
         try:
             with _quiet_progress(self.location != self.name):
-                return auto.from_pretrained(self.location, config=self.config, **self._options).eval()
+                return self._class.from_pretrained(self.location, config=self.config, **self._options).eval()
         except OSError as error:
             raise LoadError(_NOT_FOUND.format(name=self.name, reason=_first_line(error))) from error
+
+
+def choose_class(config: Any, kinds: Sequence[str]) -> Any:
+    """The first of these classes of transformers that serves this config; without any, the one it was saved from."""
+    import transformers
+
+    if not kinds:
+        kinds = [*(getattr(config, "architectures", None) or ()), "AutoModel"]
+    known = [found for kind in kinds if (found := getattr(transformers, kind, None)) is not None]
+    if not known:
+        raise LoadError(f"transformers has no class {' or '.join(map(repr, kinds))}: give another auto_class or task.")
+    for found in known:
+        mapping = getattr(found, "_model_mapping", None)
+        remote = getattr(config, "auto_map", None) or {}
+        if mapping is None or type(config) in mapping or found.__name__ in remote:
+            return found
+    raise LoadError(_NOT_SERVED.format(config=type(config).__name__, kinds=" or ".join(kinds)))
 
 
 @contextmanager
@@ -107,7 +119,14 @@ def _first_line(error: BaseException) -> str:
     return str(error).strip().partition("\n")[0]
 
 
+_NO_PROCESSOR = """\
+The {what} of {name!r} could not be loaded ({reason}). Pass {what}=… where you make the model, or give it tensors."""
+
+_NOT_SERVED = """\
+{kinds} of transformers does not serve a model with {config}: choose another task=… or auto_class=…, or none, which \
+takes the class that the model was saved from."""
+
 _NOT_FOUND = """\
 The model {name!r} could not be loaded: {reason}
 Give the name of a model on the hub (with network, or in the local cache), a local folder, a module of your own \
-(LanguageModel(module, tokenizer=...)), or "nnsight/landmarks", which comes with the package."""
+(built or loaded as you like), or "nnsight/landmarks", which comes with the package."""

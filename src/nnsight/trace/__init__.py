@@ -4,9 +4,11 @@ from ._barrier import Barrier as Barrier
 from ._cache import Cache as Cache
 from ._edit import Edit as Edit
 from ._edit import Editing as Editing
+from ._edit import FunctionEdit as FunctionEdit
 from ._given import Given as Given
 from ._given import Prepared as Prepared
 from ._gradient import IN_A_TRACE as IN_A_TRACE
+from ._save import collecting_saves as collecting_saves
 from ._save import save as save
 from ._scan import ScanTracer as ScanTracer
 from ._session import Session as Session

@@ -11,6 +11,7 @@ from collections.abc import Callable
 
 from .._capture import Block, Scope, bind
 from .._core import Worker
+from ..errors import WaitError
 
 
 class Deferred:
@@ -37,6 +38,16 @@ class Deferred:
             block, scope, waits=waits, announces=self.block.names_bound, wait=self._wait, announce=self._announce
         )
 
+    def run(self) -> None:
+        """Run the block; a name that it finds unbound is explained by what the other blocks do."""
+        try:
+            self.bind(self.block, self.scope)()
+        except NameError as error:
+            problem = self._flow.explain(self, getattr(error, "name", None))
+            if problem is None:
+                raise
+            raise WaitError(problem).with_traceback(error.__traceback__) from None
+
     def _announce(self, name: str) -> None:
         self.announced.add(name)
 
@@ -50,7 +61,9 @@ class Deferred:
 
         if not is_bound():
             self.worker.waited.append(name)
-            self.worker.run.wait(self.worker, is_bound, lambda: f"the name {name!r}, which {origin.worker.label} binds")
+            self.worker.run.wait(
+                self.worker, is_bound, lambda: f"the name {name!r}, which {origin.worker.label} binds."
+            )
         if name in self.block.names_bound and name in origin.announced:
             self.scope.set(name, origin.scope.get(name))
             self.announced.add(name)
@@ -74,6 +87,17 @@ class Dataflow:
         """The last block so far that binds `name`."""
         return next((b for b in reversed(self._blocks) if name in b.block.names_bound), None)
 
+    def explain(self, reader: Deferred, name: str | None) -> str | None:
+        """Why `name` is not bound in `reader`, where another block binds it."""
+        at = self._blocks.index(reader)
+        earlier = next((b for b in reversed(self._blocks[:at]) if name in b.block.names_bound), None)
+        if earlier is not None:
+            return _UNBOUND.format(reader=reader.worker.label, name=name, origin=earlier.worker.label)
+        later = next((b for b in self._blocks[at + 1 :] if name in b.block.names_bound), None)
+        if later is not None:
+            return _LATER.format(reader=reader.worker.label, name=name, origin=later.worker.label)
+        return None
+
     def of(self, worker: Worker) -> Deferred | None:
         """The block that `worker` runs."""
         return next((b for b in self._blocks if b.worker is worker), None)
@@ -91,3 +115,12 @@ class Dataflow:
             scope.close()
         self._blocks.clear()
         self._scopes.clear()
+
+
+_UNBOUND = """\
+{reader} reads the name {name!r}, which {origin} was to bind: that block ended, or passed by, without binding it. \
+Bind it there in any case ({name} = None before the condition), or read it where it is bound."""
+
+_LATER = """\
+{reader} reads the name {name!r}, which only a later block binds, {origin}: values go from a block to those written after \
+it. Put that block first."""

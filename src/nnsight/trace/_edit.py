@@ -9,8 +9,8 @@ from types import TracebackType
 from typing import TYPE_CHECKING, Any
 
 from .._capture import Block, Scope, bind, capture, is_skip, skip_body
-from .._core import Run, Worker
-from ..errors import CaptureError
+from .._core import Request, Run, Worker
+from ..errors import CaptureError, OrderError
 from ._steps import reach_step
 
 if TYPE_CHECKING:
@@ -27,18 +27,67 @@ class Edit:
     def add_to(self, run: Run) -> None:
         """Give a run a worker for this edit."""
         where = f"line {self._block.line} of {os.path.basename(self._block.filename)}"
-        worker = Worker(run, f"the edit at {where}")
+        worker = EditWorker(run, f"the edit at {where}")
         body = bind(self._block, self._scope.fork(self._block))
         worker.start(lambda: _run_each_step(run, worker, body))
         run.add(worker)
 
 
-def _run_each_step(run: Run, worker: Worker, body: Callable[..., None]) -> None:
+class EditWorker(Worker):
+    """The worker of a stored block, which knows what the block asked for in the first step."""
+
+    __slots__ = ("_before", "_first", "_requests")
+
+    def __init__(self, run: Run, label: str) -> None:
+        super().__init__(run, label)
+        self._first: set[Any] = set()
+        self._before: dict[Any, int] = {}
+        self._requests = 0
+
+    def request_for(self, place: Any, kind: str, path: str) -> Request:
+        self._requests += 1
+        if self.step == 0:
+            self._first.add(place)
+        return super().request_for(place, kind, path)
+
+    def begin(self, step: int) -> None:
+        """The block is about to run for a step."""
+        self.step, self.calls, self._requests = step, None, 0
+        self._before = self._counts() if step else {}
+
+    def missed_nothing(self) -> bool:
+        """Whether a later step has come to its end without anything of what the block changes, as an encoder's."""
+        return bool(self.step) and self._requests == 1 and self._before == self._counts()
+
+    def _counts(self) -> dict[Any, int]:
+        counts = self.run.main.counts if self.run.main is not None else {}
+        return {place: counts.get(place, 0) for place in self._first}
+
+
+class FunctionEdit:
+    """A stored function: `begin` is called once a run, and what it returns at every step, with the step's number."""
+
+    def __init__(self, name: str, begin: Callable[[], Callable[[int], None]]) -> None:
+        self._name = name
+        self._begin = begin
+
+    def add_to(self, run: Run) -> None:
+        """Give a run a worker for this edit."""
+        worker = EditWorker(run, self._name)
+        act = self._begin()
+        worker.start(lambda: _run_each_step(run, worker, lambda: act(worker.step or 0)))
+        run.add(worker)
+
+
+def _run_each_step(run: Run, worker: EditWorker, body: Callable[..., None]) -> None:
     step = 0
     while reach_step(run, worker, step):
-        worker.step = step
-        worker.calls = None
-        body()
+        worker.begin(step)
+        try:
+            body()
+        except OrderError:
+            if not worker.missed_nothing():
+                raise
         step += 1
 
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple
 
 from .._core import Call
@@ -16,10 +16,14 @@ class Given(NamedTuple):
 
 
 class Prepared(NamedTuple):
-    """The call for all inputs of a trace, and how many rows of the batch each of them has."""
+    """The call for all inputs of a trace, and how many rows of the batch each of them has.
+
+    `attached` tells by name how much each has of what is attached to rows without being one: images, patches.
+    """
 
     call: Call
     sizes: Sequence[int]
+    attached: Sequence[Mapping[str, int]] = ()
 
 
 Prepare = Callable[[list[Given]], Prepared]

@@ -19,9 +19,19 @@ from typing import Any
 import torch
 from torch.autograd import Variable
 
-from .._core import Worker, active, current_pass, describe_line, user_line
+from .._core import (
+    Alias,
+    Worker,
+    active,
+    check_gradient,
+    current_pass,
+    describe_line,
+    own_part,
+    source_of_gradient,
+    user_line,
+)
 from .._patches import Replacement
-from ..errors import EditError, GradientError
+from ..errors import GradientError
 from ._graph import Edge, Graph, edge_of
 from ._halting import HaltingBackward
 
@@ -56,6 +66,7 @@ class Backward:
         self._loss: torch.Tensor | None = loss
         self._backward = backward
         self._flow = HaltingBackward(backward)
+        self._entered = False
         self._outer: Backward | None = None
         self._graph: Graph | None = None
         self._os_thread = threading.get_ident()
@@ -64,8 +75,9 @@ class Backward:
         self._last_line = ""
 
     def __enter__(self) -> Backward:
-        if self._loss is None or self._flow.started:
+        if self._entered:
             raise GradientError("A backward block can be entered once: call loss.backward() again.")
+        self._entered = True
         self._outer = _open.get(self._worker)
         _open[self._worker] = self
         for replacement in _in_a_block:
@@ -99,7 +111,7 @@ class Backward:
     def write(self, tensor: torch.Tensor, value: Any) -> None:
         """Let `value` be the gradient of `tensor` that flows on."""
         edge = self._edge(tensor)
-        _check_value(tensor, value)
+        check_gradient(tensor, value)
         if not self._stands_at(edge):
             self._reach(edge, tensor)
         here = self._flow.here
@@ -207,18 +219,6 @@ def _entered_already() -> None:
     raise GradientError("A backward block can be entered once: call loss.backward() again.")
 
 
-def _check_value(tensor: torch.Tensor, value: Any) -> None:
-    if not isinstance(value, torch.Tensor):
-        raise EditError(
-            f"A gradient is a tensor, not {value!r}: write `tensor.grad = torch.zeros_like(tensor)`, or "
-            "`tensor.grad[:] = 0`."
-        )
-    for name in ("shape", "dtype", "device"):
-        given, wanted = getattr(value, name), getattr(tensor, name)
-        if given != wanted:
-            raise EditError(f"A gradient has the {name} of its tensor, {wanted}: it cannot be one of {name} {given}.")
-
-
 # --- what stands for PyTorch's own in a trace and in a block ----------------------------------------
 
 
@@ -247,10 +247,12 @@ def _make_backward(plain: Callable[..., None]) -> Callable[..., Any]:
     @functools.wraps(plain)
     def backward(self: torch.Tensor, *args: Any, **kwargs: Any) -> Any:
         worker = active.get()
-        if worker is None or current_pass() is not None or not is_entered(sys._getframe(1)):
+        if worker is None or current_pass() is not None:
             return plain(self, *args, **kwargs)
         if not self.requires_grad:
             raise GradientError(_NO_GRAPH)
+        if not is_entered(sys._getframe(1)):
+            return plain(self, *args, **kwargs)
         if self.numel() != 1 and not args and kwargs.get("gradient") is None:
             raise GradientError(_NOT_A_NUMBER.format(shape=list(self.shape)))
         return Backward(worker, self, lambda: plain(self, *args, **kwargs))
@@ -288,12 +290,26 @@ def _is_torch(frame: FrameType) -> bool:
 
 
 class _Engine:
-    """Autograd's engine; what a block calls it for runs in the thread where its backward stands still."""
+    """Autograd's engine, which is asked for gradients of aliases as well.
+
+    What a block calls it for runs in the thread where its backward stands still.
+    """
 
     def __init__(self, plain: Any) -> None:
         self._plain = plain
 
     def run_backward(self, *args: Any, **kwargs: Any) -> Any:
+        # (tensors, gradients, retain_graph, create_graph, inputs, ...)
+        inputs = args[_INPUTS] if len(args) > _INPUTS else ()
+        if not any(isinstance(tensor, Alias) for tensor in inputs):
+            return self._run(*args, **kwargs)
+        sources = tuple(source_of_gradient(tensor) for tensor in inputs)
+        found = self._run(*args[:_INPUTS], sources, *args[_INPUTS + 1 :], **kwargs)
+        if not isinstance(found, tuple) or not found:
+            return found
+        return tuple(own_part(tensor, gradient) for tensor, gradient in zip(inputs, found, strict=True))
+
+    def _run(self, *args: Any, **kwargs: Any) -> Any:
         block = _current()
         standing = block.standing() if block is not None else None
         if standing is None:
@@ -304,21 +320,22 @@ class _Engine:
         return getattr(self._plain, name)
 
 
+_INPUTS = 4
+
 # In place once a model is wrapped, and plain PyTorch outside a trace: to exchange them for each trace would cost PyTorch
 # its cache of a tensor's attributes each time.
 IN_A_TRACE = (
     Replacement(torch.Tensor, "backward", _make_backward),
     Replacement(torch.Tensor, "requires_grad", _make_requires_grad),
-)
-_in_a_block = (
-    Replacement(torch.Tensor, "grad", _make_grad),
     Replacement(Variable, "_execution_engine", _Engine),
 )
+_in_a_block = (Replacement(torch.Tensor, "grad", _make_grad),)
 
 _NO_GRAPH = """\
 There is nothing to go back through: the loss does not require grad. Either the trace, or the lines that \
-compute the loss, run under torch.no_grad() or inference mode: open the trace with gradients on. Or every \
-parameter is frozen: call hidden.requires_grad_(True) on a value as soon as you have read it."""
+compute the loss, run under torch.no_grad() or inference mode: open the trace with gradients on. Or the \
+model's own code switches them off, as `generate` of transformers does: use trace(). Or every parameter is \
+frozen: call hidden.requires_grad_(True) on a value as soon as you have read it."""
 _NOT_A_NUMBER = """\
 backward() starts from one number, and this tensor has the shape {shape}: write `with \
 tensor.sum().backward():`, or give the gradient to start from, `with tensor.backward(gradient=g):`."""

@@ -26,6 +26,7 @@ class Invoke:
         self._line = 0
 
     def __enter__(self) -> Invoke:
+        self._tracer._begin_invoke(self, has_input=bool(self._inputs or self._kwargs))
         frame = sys._getframe(1)
         self._block = capture(frame)
         self._scope = Scope(frame)

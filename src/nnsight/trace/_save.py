@@ -4,7 +4,10 @@ from __future__ import annotations
 
 import warnings
 import weakref
-from typing import NamedTuple, TypeVar
+from collections.abc import Iterator
+from contextlib import contextmanager
+from contextvars import ContextVar
+from typing import Any, NamedTuple, TypeVar
 
 import torch
 
@@ -13,9 +16,22 @@ from ..errors import SavedValueChangedWarning
 
 T = TypeVar("T")
 
+_collected: ContextVar[list[Any] | None] = ContextVar("nnsight_saves", default=None)
+
+
+@contextmanager
+def collecting_saves() -> Iterator[list[Any]]:
+    """Every value that is saved in this context, and in the blocks begun in it, goes into the list."""
+    saves: list[Any] = []
+    token = _collected.set(saves)
+    try:
+        yield saves
+    finally:
+        _collected.reset(token)
+
 
 class Saved(NamedTuple):
-    """A tensor as it was when it was saved; a view shares its version with its whole base, so it has a sum too."""
+    """A tensor as it was when it was saved; a part of another shares its version with the whole, so it has sums too."""
 
     tensor: weakref.ref[torch.Tensor]
     version: int
@@ -51,6 +67,9 @@ def save(value: T) -> T:
     Returns:
         `value` itself.
     """
+    saves = _collected.get()
+    if saves is not None:
+        saves.append(value)
     worker = active.get()
     if worker is not None and worker.instruments is None:
         worker = find_worker()
@@ -59,7 +78,7 @@ def save(value: T) -> T:
         if frame is not None:
             place = (frame.f_code.co_filename, frame.f_lineno)
             worker.run.saved += [
-                Saved(weakref.ref(tensor), tensor._version, _sums(tensor) if tensor._is_view() else None, *place)
+                Saved(weakref.ref(tensor), tensor._version, _sums(tensor) if _is_part(tensor) else None, *place)
                 for tensor in tensors_in(value)
                 if not tensor.is_inference()
             ]
@@ -78,6 +97,11 @@ def warn_about_changes(run: Run) -> None:
                 saved.line,
             )
     run.saved.clear()
+
+
+def _is_part(tensor: torch.Tensor) -> bool:
+    base = tensor._base
+    return base is not None and base.numel() != tensor.numel()
 
 
 def _sums(tensor: torch.Tensor) -> torch.Tensor:

@@ -57,7 +57,7 @@ class ScanTracer(Tracer):
             call.args,
             call.kwargs,
             repeatable=call.repeatable,
-            probe=None if probe is None else lambda rows: functools.partial(fakes.call, probe(rows)),
+            probe=None if probe is None else probe.through(fakes.call),
             batch_first=call.batch_first,
             fake=True,
         )

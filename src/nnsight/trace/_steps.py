@@ -2,20 +2,21 @@
 
 from __future__ import annotations
 
+import operator
 import sys
 import warnings
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator
 from types import TracebackType
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, NoReturn, SupportsIndex
 
 from .._capture import Block, Scope, bind, capture, is_skip, skip_body
 from .._core import Run, Worker, user_frame
-from ..errors import CaptureError, InputError, IterationWarning, OrderError
+from ..errors import CaptureError, InputError, IterationWarning, NotTracingError, OrderError
 
 if TYPE_CHECKING:
     from ._tracer import Tracer
 
-Bounds = slice | int | Sequence[int]
+Bounds = slice | SupportsIndex | Iterable[SupportsIndex]
 
 
 class StepSelector:
@@ -27,6 +28,14 @@ class StepSelector:
     def __getitem__(self, bounds: Bounds) -> Steps:
         return Steps(self._tracer, bounds)
 
+    def __iter__(self) -> NoReturn:
+        raise InputError(_BOUNDS.format(given="no steps"))
+
+    def __enter__(self) -> NoReturn:
+        raise InputError(_BOUNDS.format(given="no steps"))
+
+    def __exit__(self, *_: object) -> None: ...
+
 
 class Steps:
     """Chosen steps, as a loop or as a block.
@@ -37,7 +46,7 @@ class Steps:
 
     def __init__(self, tracer: Tracer, bounds: Bounds) -> None:
         self._tracer = tracer
-        self._bounds = bounds
+        self._bounds = _checked(bounds)
         self._block: Block | None = None
         self._scope: Scope | None = None
 
@@ -47,7 +56,9 @@ class Steps:
         run, worker = self._tracer._active("iter")
         before = worker.step
         try:
-            for step in _numbers(self._bounds, worker):
+            for step in _numbers(self._bounds):
+                if run.over:
+                    raise NotTracingError("This trace is over: loop over its steps inside its `with` block.")
                 worker.step = step
                 worker.calls = None
                 if not reach_step(run, worker, step):
@@ -93,20 +104,37 @@ class Steps:
         return bind(block, scope) if deferred is None else deferred.bind(block, scope)
 
 
-def _numbers(bounds: Bounds, worker: Worker) -> Iterator[int]:
+def _numbers(bounds: slice | list[int]) -> Iterator[int]:
     if isinstance(bounds, slice):
         step = bounds.start or 0
-        stride = 1 if bounds.step is None else bounds.step
-        if step < 0 or stride < 1 or (bounds.stop is not None and bounds.stop < 0):
-            raise InputError("tracer.iter counts steps from 0 upwards: how many there will be is not known yet.")
         while bounds.stop is None or step < bounds.stop:
             yield step
-            step += stride
+            step += bounds.step or 1
         return
-    numbers = [bounds] if isinstance(bounds, int) else sorted(set(bounds))
-    if any(number < 0 for number in numbers):
-        raise InputError("tracer.iter counts steps from 0 upwards: how many there will be is not known yet.")
-    yield from numbers
+    yield from bounds
+
+
+def _checked(bounds: Bounds) -> slice | list[int]:
+    try:
+        if isinstance(bounds, slice):
+            ends = [None if end is None else operator.index(end) for end in (bounds.start, bounds.stop, bounds.step)]
+            found, numbers = slice(*ends), [end for end in ends if end is not None]
+        else:
+            numbers = [operator.index(bounds)] if isinstance(bounds, SupportsIndex) else map(operator.index, bounds)
+            found = numbers = sorted(set(numbers))
+    except TypeError:
+        raise InputError(_BOUNDS.format(given=repr(bounds))) from None
+    if any(number < 0 for number in numbers) or (isinstance(found, slice) and found.step == 0):
+        raise InputError(_UPWARDS)
+    return found
+
+
+_BOUNDS = """\
+tracer.iter was given {given}: it takes a step's number, a slice or a list of numbers, `for step in tracer.iter[2:5]`, [3], \
+[[0, 2]], or [:] for every step."""
+_UPWARDS = """\
+tracer.iter counts steps from 0 upwards: how many there will be is not known yet. Write `for step in tracer.iter[:]` and \
+keep the values of the last steps, or name steps by their numbers: tracer.iter[2:5]."""
 
 
 def reach_step(run: Run, worker: Worker, step: int) -> bool:
@@ -116,6 +144,9 @@ def reach_step(run: Run, worker: Worker, step: int) -> bool:
         return main.step == step or _raise_passed(step, main.step)
     if main.done:
         return False
+    if step == 0:  # what runs before it, an encoder for one, belongs to the first step
+        run.lone = False
+        return True
     return run.wait_for_step(worker, step)
 
 
@@ -126,7 +157,7 @@ def _raise_passed(step: int, now: int) -> bool:
     )
 
 
-def _warn_if_bounded(bounds: Bounds, step: int) -> None:
+def _warn_if_bounded(bounds: slice | list[int], step: int) -> None:
     if isinstance(bounds, slice) and bounds.stop is None:
         return
     frame = user_frame()

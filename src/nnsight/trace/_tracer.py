@@ -5,13 +5,27 @@ from __future__ import annotations
 import os
 import sys
 from collections.abc import Sequence
+from threading import get_ident
 from types import TracebackType
 from typing import TYPE_CHECKING, Any
 
 import torch
 
 from .._capture import Block, Scope
-from .._core import OUTPUT, RESULT, Call, Rows, Run, Worker, trim
+from .._core import (
+    OTHER_THREAD,
+    OUTPUT,
+    RESULT,
+    Call,
+    Line,
+    Run,
+    Worker,
+    describe_line,
+    split_rows,
+    trim,
+    user_line,
+    worker_of,
+)
 from ..errors import InputError, NotTracingError
 from ._barrier import Barrier
 from ._cache import Cache, Modules, record_cache
@@ -24,7 +38,7 @@ from ._steps import Steps, StepSelector
 
 if TYPE_CHECKING:
     from ..envoy import Tree
-    from ._edit import Edit
+    from ._edit import Edit, FunctionEdit
 
 
 class Tracer:
@@ -51,7 +65,7 @@ class Tracer:
         prepare: Prepare,
         given: Given | None = None,
         *,
-        edits: Sequence[Edit] = (),
+        edits: Sequence[Edit | FunctionEdit] = (),
         strict_order: bool = False,
     ) -> None:
         self._tree = tree
@@ -62,10 +76,12 @@ class Tracer:
         self._worker: Worker | None = None
         self._given = [given] if given is not None else []
         self._owners: list[Worker] = []
+        self._unentered: list[tuple[Invoke, Line | None]] = []
         self._flow: Dataflow | None = None
+        self._thread = 0
 
     def __enter__(self) -> Tracer:
-        if self._prepare is None:
+        if self._prepare is None or self._run is not None:
             raise NotTracingError("A tracer can be entered once: call model.trace(...) again.")
         tree = self._tree
         if tree.due is not None and self._computes:
@@ -77,6 +93,7 @@ class Tracer:
         run.add(worker)
         if self._given:
             self._owners.append(worker)
+        self._thread = get_ident()
         worker.enter(sys._getframe(1))
         worker.tracer = self
         return self
@@ -85,11 +102,12 @@ class Tracer:
         self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
     ) -> bool:
         run, worker = self._run, self._worker
-        assert run is not None
-        assert worker is not None
+        if run is None or worker is None:
+            raise NotTracingError("This tracer is not open: enter it with `with model.trace(...) as tracer:`.")
         try:
             worker.finished = True
             if error is None:
+                self._check_invokes()
                 run.finish()
                 if run.saved:
                     warn_about_changes(run)
@@ -108,6 +126,7 @@ class Tracer:
         if self._worker is not None:
             self._worker.tracer = None
         self._given.clear()
+        self._unentered.clear()
         self._owners.clear()
         self._run = self._worker = self._prepare = None
         if self._flow is not None:
@@ -128,12 +147,12 @@ class Tracer:
 
     def _make_call(self) -> Call:
         assert self._prepare is not None
-        call, sizes = self._prepare(self._given)
+        if self._thread != get_ident():
+            raise NotTracingError(OTHER_THREAD)
+        call, sizes, attached = self._prepare(self._given)
         if len(self._owners) > 1:
-            start, total = 0, sum(sizes)
-            for worker, size in zip(self._owners, sizes, strict=True):
-                worker.rows = Rows(start, size, total)
-                start += size
+            for worker, rows in zip(self._owners, split_rows(sizes, attached), strict=True):
+                worker.rows = rows
         return call
 
     # --- values of the run -----------------------------------------------------------------------------------
@@ -241,13 +260,22 @@ class Tracer:
             CaptureError: The source of the block cannot be had (a plain Python prompt).
             InputError: The forward has started already, so that the batch is complete.
         """
-        run, _ = self._active("invoke()")
-        if run.main is not None and (inputs or kwargs):
-            raise InputError(
-                "The forward pass has started, because the trace's own block asked for a value: the batch is complete. "
-                "Put every tracer.invoke(input) before that line."
-            )
-        return Invoke(self, inputs, kwargs)
+        self._active("invoke()")
+        invoke = Invoke(self, inputs, kwargs)
+        self._unentered.append((invoke, user_line()))
+        return invoke
+
+    def _begin_invoke(self, invoke: Invoke, *, has_input: bool) -> None:
+        run, worker = self._active("invoke()")
+        self._unentered = [entry for entry in self._unentered if entry[0] is not invoke]
+        if worker is not self._worker:
+            raise InputError(_NESTED.format(label=worker.label))
+        if run.main is not None and has_input:
+            raise InputError(_STARTED)
+
+    def _check_invokes(self) -> None:
+        for _, line in self._unentered:
+            raise InputError(_UNENTERED.format(line=describe_line(line)))
 
     def _add_invoke(self, block: Block, scope: Scope, given: Given | None, frame_line: int) -> None:
         run, _ = self._active("invoke()")
@@ -255,7 +283,7 @@ class Tracer:
         if self._flow is None:
             self._flow = Dataflow()
         deferred = self._flow.add(block, scope, worker)
-        worker.start(lambda: deferred.bind(block, deferred.scope)())
+        worker.start(deferred.run)
         run.add(worker)
         if given is not None:
             self._given.append(given)
@@ -270,9 +298,10 @@ class Tracer:
         Raises:
             WaitError: Fewer blocks reach it than it waits for; raised when nothing can come any more.
         """
-        if count < 1:
-            raise InputError(f"A barrier is for at least one block, not {count}.")
-        return Barrier(count)
+        run, _ = self._active("barrier()")
+        if not isinstance(count, int) or count < 1:
+            raise InputError(f"A barrier is for a number of blocks, at least one: tracer.barrier(2), not {count!r}.")
+        return Barrier(count, run)
 
     # --- steps of a generation -------------------------------------------------------------------------------
 
@@ -308,16 +337,35 @@ class Tracer:
             ...     second = model.lm_head.output.save()
         """
         run, worker = self._active("next()")
+        if not isinstance(count, int) or count < 1:
+            raise InputError(f"tracer.next({count!r}): steps are counted forwards, by at least one.")
         run.lone = False
         worker.step = (worker.step or 0) + count
         worker.calls = None
         return self
 
     def _active(self, name: str) -> tuple[Run, Worker]:
-        worker = self._tree.find_worker()
-        if self._run is None or worker is None:
-            raise NotTracingError(
-                f"tracer.{name} works inside its `with` block; read the value there and save it: "
-                "`result = tracer.result.save()`."
-            )
-        return self._run, worker
+        run = self._run
+        worker = worker_of(run) if run is not None else None
+        if run is None or worker is None:
+            raise NotTracingError(_CLOSED.format(name=name))
+        return run, worker
+
+
+_UNENTERED = """\
+tracer.invoke(...) at {line} does nothing by itself: write `with tracer.invoke(...):`, with the block that sees this input."""
+
+_NESTED = """\
+An invoke cannot stand inside another block of the trace ({label}): invokes stand side by side in the body of the trace. \
+What one of them binds, a later one can read."""
+
+_STARTED = """\
+The forward pass has started, because the trace's own block asked for a value: the batch is complete. Put every \
+tracer.invoke(input) before that line."""
+
+_CLOSED = """\
+tracer.{name} works inside the `with` block of its trace only, in the thread of that block:
+
+    with model.trace(input) as tracer:
+        result = tracer.result.save()
+"""

@@ -34,13 +34,18 @@ FALCON = {"hidden_size": 32, "num_hidden_layers": 3, "num_attention_heads": 4, "
 
 
 def decoder(
-    name: str, architecture: str, config: dict[str, Any], blocks: str = "model.layers", attention: str = "self_attn"
+    name: str,
+    architecture: str,
+    config: dict[str, Any],
+    blocks: str = "model.layers",
+    attention: str = "self_attn",
+    **operations: str,
 ) -> Family:
     """A family whose config class and model class share a name."""
     settings = getattr(tf, f"{architecture}TextConfig", None) or getattr(tf, f"{architecture}Config")
     model = getattr(tf, f"{architecture}{'LMHeadModel' if architecture == 'GPT2' else 'ForCausalLM'}", None)
     assert model is not None
-    return Family(name, lambda: model(settings(**config)), blocks, f"{blocks}.1.{attention}")
+    return Family(name, lambda: model(settings(**config)), blocks, f"{blocks}.1.{attention}", operations=operations)
 
 
 def partial(share: float) -> dict[str, Any]:
@@ -48,7 +53,13 @@ def partial(share: float) -> dict[str, Any]:
 
 
 DECODERS = [
-    decoder("gpt2", "GPT2", {**GPT2, "scale_attn_by_inverse_layer_idx": True}, "transformer.h", "attn"),
+    decoder(
+        "gpt2",
+        "GPT2",
+        {**GPT2, "scale_attn_by_inverse_layer_idx": True},
+        *("transformer.h", "attn"),
+        c_attn="self_c_attn_1",  # the first is for cross-attention
+    ),
     decoder("gpt_neox", "GPTNeoX", {**NEOX, "rope_parameters": partial(0.5)}, "gpt_neox.layers", "attention"),
     decoder("gptj", "GPTJ", {**GPT2, "rotary_dim": 4}, "transformer.h", "attn"),
     decoder("opt", "OPT", OPT, "model.decoder.layers"),
@@ -82,6 +93,7 @@ DECODERS = [
         {**FALCON, "alibi": True, "multi_query": False, "parallel_attn": False, "bias": True},
         "transformer.h",
         "self_attention",
+        dense="self_dense_1",  # the first is for rotary positions
     ),
     decoder("starcoder2", "Starcoder2", {**LLAMA, "sliding_window": 8}),
     decoder("olmo2", "Olmo2", LLAMA),

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
+from fnmatch import fnmatchcase
 
 import torch
 from torch.nn import Module
@@ -25,8 +26,12 @@ class Family:
         attention: Path of a module whose forward is the attention, or what stands in its place.
         routers: Paths of the routers and of the experts of a mixture, in one layer.
         head: Path of the module that gives logits.
+        decoder: Path of the list of blocks that run at every step of a generation, where it is another than `blocks`.
         kind: "decoder", "encoder" or "encoder-decoder" take token ids; "tensors" anything else.
         example: Keyword inputs of the forward for so many rows; None means token ids.
+        refuses: Patterns of the places whose rows cannot be told apart in a batch, which are refused by name.
+        differs: Patterns of the places whose shapes in a scan are other than in a run.
+        operations: The operation that calls a module in the attention's forward, where it is not the first by its name.
         reasons: For a capability that the family has not, why.
     """
 
@@ -36,8 +41,12 @@ class Family:
     attention: str
     routers: tuple[str, ...] = ()
     head: str = "lm_head"
+    decoder: str = ""
     kind: str = "decoder"
     example: Callable[[int], Inputs] | None = None
+    refuses: tuple[str, ...] = ()
+    differs: tuple[str, ...] = ()
+    operations: Mapping[str, str] = field(default_factory=dict)
     reasons: Mapping[str, str] = field(default_factory=dict)
 
     @property
@@ -47,6 +56,16 @@ class Family:
     @property
     def generates(self) -> bool:
         return "generate" not in self.reasons
+
+    @property
+    def steps(self) -> str:
+        return self.decoder or self.blocks
+
+    def may_refuse(self, place: str) -> bool:
+        return any(fnmatchcase(place, pattern) for pattern in self.refuses)
+
+    def may_differ(self, place: str) -> bool:
+        return any(fnmatchcase(place, pattern) for pattern in self.differs)
 
 
 def build(family: Family) -> Module:

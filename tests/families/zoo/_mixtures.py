@@ -12,7 +12,11 @@ EXPERTS = {"num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 
 
 def mixture(family: Family, *routers: str) -> Family:
     """`family` with the paths of routers and experts, given in relation to its second block."""
-    return replace(family, routers=tuple(f"{family.blocks}.1.{path}" for path in routers))
+    return replace(
+        family,
+        routers=tuple(f"{family.blocks}.1.{path}" for path in routers),
+        refuses=("*.experts.act_fn.*",),  # tokens of all rows, sorted by expert
+    )
 
 
 MIXTURES = [

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -55,7 +56,11 @@ def t5() -> torch.nn.Module:
 
 
 TEXT = [
-    Family("t5", t5, "encoder.block", "encoder.block.1.layer.0.SelfAttention", kind="encoder-decoder"),
+    Family(
+        *("t5", t5, "encoder.block", "encoder.block.1.layer.0.SelfAttention"),
+        kind="encoder-decoder",
+        decoder="decoder.block",
+    ),
     Family(
         "bart",
         lambda: tf.BartForConditionalGeneration(
@@ -63,6 +68,7 @@ TEXT = [
         ),
         *("model.encoder.layers", "model.encoder.layers.1.self_attn"),
         kind="encoder-decoder",
+        decoder="model.decoder.layers",
     ),
     encoder(
         *("bert", tf.BertForMaskedLM, tf.BertConfig(**BERT)),
@@ -168,10 +174,11 @@ def qwen2_vl_inputs(rows: int) -> Inputs:
     }
 
 
-def tensors(name: str, make: Any, example: Any, blocks: str, attention: str, head: str, **reasons: str) -> Family:
-    return Family(
-        name, make, blocks, f"{blocks}.1.{attention}", head=head, kind="tensors", example=example, reasons=reasons
-    )
+def tensors(
+    name: str, make: Any, example: Any, blocks: str, attention: str, head: str, refuses: Any = (), **reasons: str
+) -> Family:
+    family = Family(name, make, blocks, f"{blocks}.1.{attention}", head=head, kind="tensors", example=example)
+    return replace(family, refuses=refuses, reasons=reasons)
 
 
 MULTIMODAL = [
@@ -185,9 +192,17 @@ MULTIMODAL = [
     tensors(
         *("clip", clip, clip_inputs),
         *("vision_model.encoder.layers", "self_attn", "visual_projection"),
+        refuses=(".output",),  # it compares every text with every image
         generate="a pair of encoders: it does not generate",
     ),
-    tensors("whisper", whisper, whisper_inputs, "model.encoder.layers", "self_attn", "proj_out"),
+    replace(
+        tensors("whisper", whisper, whisper_inputs, "model.encoder.layers", "self_attn", "proj_out"),
+        decoder="model.decoder.layers",
+    ),
     tensors("llava", llava, llava_inputs, "model.language_model.layers", "self_attn", "lm_head"),
-    tensors("qwen2_vl", qwen2_vl, qwen2_vl_inputs, "model.language_model.layers", "self_attn", "lm_head"),
+    tensors(
+        *("qwen2_vl", qwen2_vl, qwen2_vl_inputs, "model.language_model.layers", "self_attn", "lm_head"),
+        # where the images begin in the row of all patches, and numbers of patches that are the same in each image
+        refuses=("model.visual.blocks.*.input", "model.visual.rotary_pos_emb.*"),
+    ),
 ]

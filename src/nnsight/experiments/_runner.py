@@ -1,0 +1,244 @@
+"""Runner: forwards of one batch of prompts, from the layer that an edit touches to the end of the layers, then on."""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Callable, Iterable, Sequence
+from typing import Any, NamedTuple, TypeVar
+
+import torch
+
+from nnsight import LanguageModel
+
+from ._memory import Budget
+from ._prompts import Prompts
+from ._scoring import Scoring
+
+Act = Callable[[], Any]
+Found = TypeVar("Found")
+Row = tuple[Any, int]
+"""What a row of a batch is for, and the number of its prompt."""
+
+
+class Group(NamedTuple):
+    """Rows that are run from the same layer.
+
+    `edit` is given what some rows are for, and their prompts `[row]`, and returns what is then called in their trace: that
+    changes something at `layer` or later.
+    """
+
+    rows: Sequence[Row]
+    layer: int
+    edit: Callable[[Sequence[Any], torch.Tensor], Act]
+
+
+_COPIES = 6  # of the logits, that the model and a metric make
+
+
+class Runner:
+    """Runs prompts of one batch, as rows that may stand there many times.
+
+    What the layers before an edit compute is known from the plain run: after `record(keep_stream=True)`, a run starts at
+    the edited layer with that run's residual stream, and stops behind the last layer; what follows is done for all
+    rows together.  A model that does not give the same that way is run from the start to the end.
+
+    Args:
+        model: The model.
+        prompts: The batch.
+        scorer: The metric of these prompts.
+        budget: The memory to stay within.
+    """
+
+    def __init__(self, model: LanguageModel, prompts: Prompts, scorer: Scoring, budget: Budget) -> None:
+        model.dispatch()
+        self.model = model
+        self.prompts = prompts
+        self.scorer = scorer
+        self.budget = budget
+        self.layers = len(model.names.layers)
+        self.unit = len(prompts) if scorer.whole else 1
+        self.stream: torch.Tensor | None = None
+        self._final: torch.Tensor | None = None  # of the first unit, where runs can be finished from the stream
+        self._logits: torch.Tensor | None = None  # of the first unit
+        self._tail_bytes = 0
+        self._accepted = inspect.signature(type(model._model).forward).parameters
+        self.options: dict[str, Any] = {"use_cache": False} if "use_cache" in self._accepted else {}
+        if scorer.keep is not None and "logits_to_keep" in self._accepted:
+            self.options["logits_to_keep"] = scorer.keep
+
+    # --- the plain run ---------------------------------------------------------------------------------------
+
+    def record(
+        self, sites: Sequence[Any], *, keep_stream: bool = False
+    ) -> tuple[dict[Any, torch.Tensor], torch.Tensor]:
+        """The values of sites `[prompt, …]` in the plain run, and the metric `[prompt]`.
+
+        Args:
+            sites: What to read.
+            keep_stream: Keep the residual stream too, so that later runs can start at any layer.
+        """
+        streams = [self.model.site("resid_pre", i) for i in range(self.layers)] if keep_stream else []
+        streams += [self.model.site("resid_post", self.layers - 1)] if keep_stream else []
+        wanted = sorted({*sites, *streams}, key=lambda site: site.order)
+        with torch.no_grad():
+            parts = self.budget.measure(range(len(self.prompts)), lambda rows: self._record(wanted, rows), self.unit)
+        values = {site: torch.cat([part[site] for part, _ in parts]) for site in wanted}
+        if keep_stream:
+            self.stream = torch.stack([values[site] for site in streams[:-1]])
+            self.budget.hold([self.stream])
+            self._check(values[streams[-1]])
+        self.budget.hold([values[site] for site in sites])
+        return {site: values[site] for site in sites}, torch.cat([numbers for _, numbers in parts])
+
+    def _record(self, sites: Sequence[Any], rows: Sequence[int]) -> tuple[dict[Any, torch.Tensor], torch.Tensor]:
+        with self.model.trace(self._inputs(rows), **self.options):
+            values = {site: site.read().detach().clone() for site in sites}
+            output = self.model.output.save()
+        if self._logits is None:
+            self._logits = output.logits
+            self._tail_bytes = _COPIES * output.logits.numel() * output.logits.element_size() // len(rows)
+        prompts = torch.tensor(list(rows))
+        self.scorer.learn(output.logits, prompts)
+        return values, self.scorer(output, prompts).float().cpu()
+
+    def read(self, site: Any) -> torch.Tensor:
+        """One site's value `[prompt, …]` in the plain run, which is not kept."""
+        with torch.no_grad():
+            read = lambda rows: self.observe(list(rows), 0, lambda: site.read().detach().clone())  # noqa: E731
+            return torch.cat(self.budget.measure(range(len(self.prompts)), read))
+
+    def _check(self, final: torch.Tensor) -> None:
+        """Find out whether this model gives the same from the middle, and from the end of its layers."""
+        assert self._logits is not None
+        rows = list(range(self.unit))
+        self._final = final[: self.unit]
+        with torch.no_grad():
+            if not self._agree(lambda: self._run_layers(rows, self.layers // 2, _nothing), self._cut(self._final)):
+                self.stream = self._final = None
+            elif not self._agree(lambda: self.finish(self._cut(final[: self.unit])).logits, self._cut(self._logits)):
+                self._final = None
+
+    def _agree(self, run: Callable[[], torch.Tensor], expected: torch.Tensor) -> bool:
+        try:
+            found = run()
+        except Exception:  # whatever its own code raises where a model cannot be started in the middle
+            return False
+        tolerance = 1e-4 if expected.dtype in (torch.float32, torch.float64) else 2e-2
+        atol = tolerance * float(expected.abs().max())
+        return found.shape == expected.shape and torch.allclose(found, expected, rtol=tolerance, atol=atol)
+
+    # --- runs with an edit -----------------------------------------------------------------------------------
+
+    def run(self, groups: Iterable[Group], done: Callable[[int], Any] = lambda count: None) -> torch.Tensor:
+        """The metric `[row]` of the rows of all groups.
+
+        Args:
+            groups: Runs with edits; with a metric of all prompts together, the prompts of the rows stand in order.
+            done: Told how many rows are done, after each batch.
+        """
+        numbers: list[torch.Tensor] = []
+        finals: list[torch.Tensor] = []
+        waiting: list[int] = []
+        for group in groups:
+            prompts = [prompt for _, prompt in group.rows]
+            found = self._run_group(group, done)
+            if self._final is None:
+                numbers.append(found)
+                continue
+            finals.append(found)
+            waiting += prompts
+            if sum(map(_bytes_of, finals)) > self.budget.left // 4:
+                numbers.append(self._score_finals(torch.cat(finals), waiting))
+                finals, waiting = [], []
+        if finals:
+            numbers.append(self._score_finals(torch.cat(finals), waiting))
+        return torch.cat(numbers)
+
+    def _run_group(self, group: Group, done: Callable[[int], Any]) -> torch.Tensor:
+        """What leaves the last layer, or the metric, of each row."""
+
+        def run_batch(batch: Sequence[Row]) -> torch.Tensor:
+            prompts = [prompt for _, prompt in batch]
+            change = group.edit([what for what, _ in batch], torch.tensor(prompts))
+            if self._final is not None:
+                found = self._run_layers(prompts, group.layer, change)
+            else:
+                found = self._score(self.run_all(prompts, group.layer, change), torch.tensor(prompts))
+            done(len(batch))
+            return found
+
+        return torch.cat(self.budget.run(group.rows, run_batch, self.unit))
+
+    def _score(self, output: Any, prompts: torch.Tensor) -> torch.Tensor:
+        return self.scorer(output, prompts).detach().float().cpu()
+
+    @property
+    def can_finish(self) -> bool:
+        """Whether this model's logits are known to follow from what leaves its last layer."""
+        return self._final is not None
+
+    def finish_all(self, finals: torch.Tensor) -> torch.Tensor:
+        """The metric of all prompts `[prompt]`, with `finals` `[prompt, pos, d_model]` as what leaves the last layer."""
+        return self._score_finals(finals, range(len(self.prompts)))
+
+    def _score_finals(self, finals: torch.Tensor, prompts: Sequence[int]) -> torch.Tensor:
+        def run_batch(rows: Sequence[int]) -> torch.Tensor:
+            numbers = torch.tensor([prompts[row] for row in rows])
+            return self._score(self.finish(finals[rows[0] : rows[-1] + 1]), numbers)
+
+        return torch.cat(self.budget.run(range(len(prompts)), run_batch, self.unit, each=self._tail_bytes))
+
+    def run_all(self, prompts: Sequence[int], layer: int, act: Act) -> Any:
+        """The model's output."""
+        with self.model.trace(self._inputs(prompts), **self.options):
+            self._start_at(layer, prompts)
+            act()
+            return self.model.output.save()
+
+    def _run_layers(self, prompts: Sequence[int], layer: int, act: Act) -> torch.Tensor:
+        """What leaves the last layer `[row, pos, d_model]`, at the positions that the metric looks at."""
+
+        def act_and_read() -> torch.Tensor:
+            act()
+            return self._cut(self.model.names.resid_post[-1]).clone()
+
+        return self.observe(prompts, layer, act_and_read)
+
+    def observe(self, prompts: Sequence[int], layer: int, act: Callable[[], Found]) -> Found:
+        """What `act` returns in a run from `layer` on, which ends there."""
+        with self.model.trace(self._inputs(prompts), **self.options) as tracer:
+            self._start_at(layer, prompts)
+            found = act()
+            tracer.stop()
+        return found
+
+    def _start_at(self, layer: int, prompts: Sequence[int]) -> None:
+        if layer and self.stream is not None:
+            stream = self.stream[layer][torch.tensor(prompts, device=self.stream.device)]
+            for earlier in range(layer):
+                self.model.names.layers[earlier].skip(stream)
+
+    def finish(self, finals: torch.Tensor) -> Any:
+        """The model's output, from what leaves its last layer."""
+        ids = torch.zeros(finals.shape[:2], dtype=torch.long)
+        with self.model.trace(ids, **self.options):
+            for layer in range(self.layers):
+                self.model.names.layers[layer].skip(finals)
+            return self.model.output.save()
+
+    def _inputs(self, prompts: Sequence[int]) -> Any:
+        inputs = self.prompts.inputs(prompts)
+        if isinstance(inputs, torch.Tensor) or "position_ids" in self._accepted:
+            return inputs
+        return {name: value for name, value in inputs.items() if name != "position_ids"}
+
+    def _cut(self, value: torch.Tensor) -> torch.Tensor:
+        return value if self.scorer.keep is None else value[:, -self.scorer.keep :]
+
+
+def _nothing() -> None:
+    """An edit that changes nothing."""
+
+
+def _bytes_of(tensor: torch.Tensor) -> int:
+    return tensor.numel() * tensor.element_size()

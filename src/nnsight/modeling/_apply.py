@@ -1,0 +1,67 @@
+"""Applied: an intervention as data, in force inside a `with` statement."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable
+from types import TracebackType
+from typing import Any, Protocol
+
+from ..envoy import Envoy
+from ..errors import InputError
+from ..trace import Edit, FunctionEdit
+
+Begin = Callable[[], Callable[[int], None]]
+
+
+class Intervention(Protocol):
+    """What a model can apply."""
+
+    def prepare(self, model: Any) -> Iterable[tuple[str, Begin]]:
+        """What to do in each run: a name for messages, and a function that begins a run.
+
+        It returns what to do at each step, given its number.
+        """
+        ...
+
+
+def edits_of(model: Envoy, intervention: Intervention) -> list[FunctionEdit]:
+    """The edits that an intervention is for `model`.
+
+    Raises:
+        InputError: A trace of the model is open.
+    """
+    if model._tree.find_worker() is not None:  # preparing may run the model
+        raise InputError(_INSIDE)
+    return [FunctionEdit(name, begin) for name, begin in intervention.prepare(model)]
+
+
+class Applied:
+    """The context that `model.apply(intervention)` gives; it can be entered again."""
+
+    def __init__(self, model: Any, edits: list[FunctionEdit], stored: list[Edit | FunctionEdit]) -> None:
+        self._model = model
+        self._edits = edits
+        self._stored = stored
+
+    def __enter__(self) -> Any:
+        if self._model._tree.find_worker() is not None:
+            raise InputError(_INSIDE)
+        self._stored += self._edits
+        return self._model
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
+    ) -> None:
+        for edit in self._edits:
+            index = max((i for i, stored in enumerate(self._stored) if stored is edit), default=None)
+            if index is not None:
+                del self._stored[index]
+
+
+_INSIDE = """\
+model.apply(...) is for the traces inside it, and here a trace is open already. Put it outside:
+
+    with model.apply(spec):
+        with model.trace(prompt):
+            ...
+"""

@@ -1,0 +1,206 @@
+"""The messages between client, server and runner."""
+
+from __future__ import annotations
+
+from typing import Literal
+
+import msgspec
+
+from ._nodes import Container, Value
+from ._tensors import TensorInfo
+
+VERSION = 1  # of the messages' form; both sides must have the same
+Method = Literal["trace", "generate", "scan", "session"]
+Status = Literal["queued", "running", "done", "failed", "cancelled"]
+ENDED = frozenset({"done", "failed", "cancelled"})
+
+
+class Message(msgspec.Struct, forbid_unknown_fields=True):
+    """One message; those with tensors have the table of what follows them."""
+
+
+class BlockText(Message):
+    """A captured block; see `_capture.Block`."""
+
+    source: str
+    filename: str
+    first_line: int
+    function: str
+    target: str | None
+    line: int
+    margins: list[int]
+    owner: str | None
+    first_argument: str | None
+    flags: int
+    names_read: list[str]
+    names_bound: list[str]
+    names_global: list[str]
+
+
+class BoundBlock(Message):
+    """A block with the variables it sees: those of its function, unbound ones without a value, and its globals."""
+
+    block: BlockText
+    names: list[str]
+    variables: dict[str, Value]
+    namespace: int
+
+
+class Namespace(Message):
+    """The global names of one of the user's modules, as far as the job reads them."""
+
+    name: str
+    values: dict[str, Value] = {}
+
+
+class Definition(Message):
+    """A function or class as source, at `first_line` of `filename`; `free` are the variables around it."""
+
+    name: str
+    namespace: int
+    source: str
+    filename: str
+    first_line: int
+    free: dict[str, Value] = {}
+
+
+class ModuleText(Message):
+    """A registered module."""
+
+    name: str
+    filename: str
+    source: str
+
+
+class ModelState(Message):
+    """A model object that the block names: the served model with these edits and names."""
+
+    edits: list[BoundBlock] = []
+    rename: dict[str, str] | None = None
+
+
+class Job(Message, tag="job"):
+    """A block to run on a served model."""
+
+    version: int
+    model: str
+    revision: str | None
+    method: Method
+    main: BoundBlock
+    args: list[Value]
+    kwargs: dict[str, Value]
+    models: list[ModelState]
+    namespaces: list[Namespace]
+    definitions: list[Definition]
+    modules: list[ModuleText]
+    containers: list[Container]
+    tensors: list[TensorInfo]
+    grad: bool = True
+    inference: bool = False
+    strict_order: bool = False
+    seed: int = 0
+    timeout: float = 600.0
+
+
+class Line(Message):
+    """One line of a traceback; columns where the Python that ran it knows them."""
+
+    filename: str
+    number: int
+    function: str
+    columns: tuple[int, int] | None = None
+
+
+class Failure(Message, tag="failure"):
+    """An exception: its class by module and name, its text, and the user's lines it came through."""
+
+    module: str
+    name: str
+    text: str
+    args: list[str | int | float | bool | None] = []
+    lines: list[Line] = []
+    notes: list[str] = []
+    cause: Failure | None = None
+    defined: int | None = None  # the number of the job's definition that the class is
+
+
+class Change(Message):
+    """A container or tensor that the job sent, and that the block changed in place.
+
+    `value` is a tensor with the new numbers, or a container with the new contents.
+    """
+
+    index: int
+    tensor: bool
+    value: Value
+
+
+class Answer(Message, tag="answer"):
+    """What a finished block leaves: the saved names, and those that are not saved."""
+
+    names: dict[str, Value]
+    unsaved: list[str]
+    changes: list[Change]
+    containers: list[Container]
+    tensors: list[TensorInfo]
+
+
+class Event(Message):
+    """Something that happened while a job ran: a printed text, or a warning with the user's line."""
+
+    kind: Literal["print", "warning"]
+    text: str
+    category: str = ""
+    filename: str = ""
+    line: int = 0
+
+
+class JobState(Message):
+    """Where a job stands, and its events after the ones the client has."""
+
+    id: str
+    status: Status
+    position: int
+    events: list[Event]
+    next_event: int
+    error: Failure | None = None
+
+
+class Versions(Message):
+    """What the server runs."""
+
+    nnsight: str
+    torch: str
+    transformers: str
+    python: str
+    protocol: int
+
+
+class ModelInfo(Message):
+    """A served model: whether a replica of it can take jobs, and how many wait for it."""
+
+    name: str
+    revision: str | None
+    running: bool
+    queued: int
+
+
+class ServerInfo(Message):
+    """What the server offers."""
+
+    versions: Versions
+    models: list[ModelInfo]
+    trusted: bool
+    limits: dict[str, int]
+
+
+class Person(Message):
+    """Whose key it is."""
+
+    name: str
+
+
+class Refusal(Message):
+    """Why the server did not do as asked."""
+
+    reason: str

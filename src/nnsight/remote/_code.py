@@ -1,0 +1,218 @@
+"""The user's own functions and classes as source text, with the names they read."""
+
+from __future__ import annotations
+
+import ast
+import dis
+import importlib.util
+import inspect
+import site
+import sys
+import sysconfig
+import textwrap
+from collections.abc import Iterator
+from functools import cache
+from pathlib import Path
+from types import CodeType, FunctionType, ModuleType
+from typing import Any, NamedTuple
+
+from .._capture import names_of
+from ..errors import TravelError
+
+
+class Source(NamedTuple):
+    """A definition taken from its file, dedented."""
+
+    text: str
+    filename: str
+    first_line: int
+    name: str
+    reads: frozenset[str]
+
+
+def is_installed(module: str) -> bool:
+    """Whether a module comes with Python or was installed, so that the server is expected to have it too."""
+    top = module.partition(".")[0]
+    return top in sys.stdlib_module_names - {"__main__"} or _is_in_library(top)
+
+
+@cache
+def _is_in_library(top: str) -> bool:
+    if top in ("__main__", "__mp_main__", ""):
+        return False
+    if top in ("nnsight", "torch"):
+        return True
+    try:
+        spec = importlib.util.find_spec(top)
+    except (ImportError, ValueError):
+        return False
+    places = [spec.origin] if spec and spec.origin else list(spec.submodule_search_locations or ()) if spec else []
+    roots = {Path(sysconfig.get_path(name)) for name in ("purelib", "platlib", "stdlib")}
+    roots |= {Path(path) for path in (*site.getsitepackages(), site.getusersitepackages(), *_path_site())}
+    return bool(places) and all(any(root in Path(place).parents for root in roots) for place in places)
+
+
+def _path_site() -> Iterator[str]:
+    return (path for path in sys.path if path.endswith("site-packages"))
+
+
+def source_of(definition: FunctionType | type) -> Source:
+    """The text of a function or class, as the user wrote it.
+
+    Raises:
+        TravelError: There is no source, or it has changed since.
+    """
+    name = definition.__qualname__
+    try:
+        lines, first = inspect.getsourcelines(definition)
+        filename = inspect.getsourcefile(definition) or "<unknown>"
+    except (OSError, TypeError) as error:
+        raise TravelError(f"{name!r} cannot travel: its source is not available ({error}).") from error
+    text = textwrap.dedent("".join(lines))
+    if isinstance(definition, FunctionType) and definition.__name__ == "<lambda>":
+        text, first = _lambda_text(definition, lines, first)
+    statements = _parsed(text, name)
+    found = names_of(statements)
+    if isinstance(definition, FunctionType):
+        _refuse_outward(definition, name)
+        _check_current(definition, statements, name)
+    return Source(text, filename, first, definition.__name__, found.read)
+
+
+def _parsed(text: str, name: str) -> list[ast.stmt]:
+    try:
+        return ast.parse(text).body
+    except SyntaxError as error:
+        raise TravelError(f"{name!r} cannot travel: its source cannot be read ({error.msg}).") from error
+
+
+def _lambda_text(function: FunctionType, lines: list[str], first: int) -> tuple[str, int]:
+    """`_ = lambda …` for the one lambda on these lines that compiles to the code of `function`."""
+    text = textwrap.dedent("".join(lines))
+    tree = None
+    for candidate in (text, text.strip().rstrip(",")):
+        try:
+            tree = ast.parse(candidate)
+            break
+        except SyntaxError:
+            continue
+    if tree is None:
+        raise TravelError("A lambda cannot travel from within a longer expression: define it with `def`.")
+    found = [node for node in ast.walk(tree) if isinstance(node, ast.Lambda)]
+    found = [node for node in found if [arg.arg for arg in node.args.args] == _arguments(function.__code__)]
+    same = [node for node in found if _compiled_alike(node, function)] or found
+    if len({ast.unparse(node) for node in same}) != 1:
+        raise TravelError("A lambda cannot travel where several stand on its line: define it with `def`.")
+    return f"_ = {ast.unparse(same[0])}\n", first + same[0].lineno - 1
+
+
+def _arguments(code: CodeType) -> list[str]:
+    return list(code.co_varnames[: code.co_argcount])
+
+
+def _compiled_alike(node: ast.Lambda, function: FunctionType) -> bool:
+    code = compile(ast.unparse(node), "<lambda>", "eval").co_consts
+    inner = next(constant for constant in code if isinstance(constant, CodeType))
+    mine = function.__code__
+    return _constants(inner) == _constants(mine) and _words(inner) == _words(mine)
+
+
+def _refuse_outward(function: FunctionType, name: str) -> None:
+    code = function.__code__
+    for found in _nested(code):
+        for instruction in dis.get_instructions(found):
+            outward = instruction.opname in ("STORE_GLOBAL", "DELETE_GLOBAL") or (
+                instruction.opname == "STORE_DEREF" and instruction.argval in code.co_freevars
+            )
+            if outward:
+                raise TravelError(
+                    f"{name!r} cannot travel: it assigns {instruction.argval!r}, a variable outside it, which would "
+                    "change on the server alone. Return the value instead."
+                )
+
+
+def _check_current(function: FunctionType, statements: list[ast.stmt], name: str) -> None:
+    """Refuse a text that is not what the function was compiled from."""
+    loader = getattr(sys.modules.get(function.__module__), "__loader__", None)
+    if loader is not None and type(loader).__name__ == "AssertionRewritingHook":
+        return  # the code is not that of the source alone
+    module = compile(ast.Module(statements, []), "<source>", "exec")
+    wanted = function.__code__
+    codes = [code for code in _nested(module) if code.co_name == wanted.co_name]
+    if not any(_constants(code) == _constants(wanted) and _words(code) == _words(wanted) for code in codes):
+        raise TravelError(f"{name!r} cannot travel: its file has changed since it was loaded. Load it again.")
+
+
+def _constants(code: CodeType) -> list[str]:
+    return sorted(f"{type(c).__name__} {c!r}" for c in code.co_consts if not isinstance(c, CodeType))
+
+
+def _words(code: CodeType) -> set[str]:
+    return {*code.co_names, *code.co_varnames, *code.co_freevars, *code.co_cellvars}
+
+
+def _nested(code: CodeType) -> Iterator[CodeType]:
+    yield code
+    for constant in code.co_consts:
+        if isinstance(constant, CodeType):
+            yield from _nested(constant)
+
+
+def free_variables(definition: FunctionType | type, reads: frozenset[str]) -> dict[str, Any]:
+    """The values of the surrounding functions' variables that a definition reads."""
+    functions = [definition] if isinstance(definition, FunctionType) else _methods(definition)
+    found: dict[str, Any] = {}
+    for function in functions:
+        for name, cell in zip(function.__code__.co_freevars, function.__closure__ or (), strict=True):
+            if name != "__class__" and name in reads:
+                try:
+                    found.setdefault(name, cell.cell_contents)
+                except ValueError:  # not bound yet
+                    continue
+    return found
+
+
+def globals_of(definition: FunctionType | type) -> dict[str, Any]:
+    """The namespace that a definition's global names are looked up in."""
+    if isinstance(definition, FunctionType):
+        return definition.__globals__
+    module = sys.modules.get(definition.__module__)
+    methods = _methods(definition)
+    return methods[0].__globals__ if methods else vars(module) if module is not None else {}
+
+
+def _methods(cls: type) -> list[FunctionType]:
+    own = vars(cls).values()
+    plain = [getattr(value, "__func__", getattr(value, "fget", value)) for value in own]
+    return [value for value in plain if isinstance(value, FunctionType) and value.__module__ == cls.__module__]
+
+
+_registered: dict[str, ModuleType] = {}
+
+
+def register(module: ModuleType) -> None:
+    """Send a module of your own along with remote blocks that use it, as source.
+
+    Functions and classes that a block calls travel by themselves; a module that it names (`helpers.f(x)`) must be
+    registered, so that what is sent is your choice.
+
+    Example:
+        >>> import nnsight, types
+        >>> helpers = types.ModuleType("helpers")
+        >>> helpers.__file__ = nnsight.__file__          # any module that comes from a file
+        >>> nnsight.register(helpers)
+
+    Args:
+        module: A module with a source file.
+
+    Raises:
+        TravelError: It has none.
+    """
+    if getattr(module, "__file__", None) is None or not str(module.__file__).endswith(".py"):
+        raise TravelError(f"The module {module.__name__!r} has no source file, so it cannot be registered.")
+    _registered[module.__name__] = module
+
+
+def registered(module: ModuleType) -> bool:
+    """Whether `register` was called for a module, or for the package it is in."""
+    return any(module.__name__ == name or module.__name__.startswith(f"{name}.") for name in _registered)

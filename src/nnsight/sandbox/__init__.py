@@ -1,0 +1,20 @@
+"""Where a job's block runs: in this process, or in one that can do nothing else."""
+
+from ._execute import execute as execute
+from ._failure import describe_failure as describe_failure
+from ._failure import summary as summary
+from ._jail import Allowance as Allowance
+from ._jail import confine as confine
+from ._jail import missing as missing
+from ._pipe import ANSWER as ANSWER
+from ._pipe import BEGUN as BEGUN
+from ._pipe import EVENT as EVENT
+from ._pipe import FORK as FORK
+from ._pipe import JOB as JOB
+from ._pipe import KILL as KILL
+from ._pipe import PROBLEM as PROBLEM
+from ._pipe import READY as READY
+from ._pipe import STOPPED as STOPPED
+from ._pipe import Pipe as Pipe
+from ._zygote import Zygote as Zygote
+from ._zygote import warm as warm

@@ -1,0 +1,146 @@
+"""Running a job: its block, on a model that is here, natively in a trace of it."""
+
+from __future__ import annotations
+
+import io
+import os
+import sys
+import warnings
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager, nullcontext
+from typing import Any
+
+import torch
+
+from .._capture import Block, Scope, bind
+from ..errors import NNsightError, ProtocolError
+from ..modeling import LanguageModel, NNsight
+from ..protocol import Answer, Encoder, Event, Failure, Job, TensorWriter, read_job, write_frame
+from ..trace import Edit, collecting_saves
+from ._answer import Given, write_answer
+from ._failure import describe_failure
+from ._rebuild import Files, JobReader
+
+Emit = Callable[[Event], None]
+_PACKAGE = os.path.dirname(os.path.dirname(os.path.abspath(__file__))) + os.sep
+
+
+def execute(frame: bytes, served: NNsight, emit: Emit, *, forward_warnings: bool = True) -> bytes:
+    """Run the job in a frame, and give the frame of its answer or failure.
+
+    Args:
+        frame: A job.
+        served: The model it runs on.
+        emit: Called with what the block prints and warns of.
+        forward_warnings: Send warnings of the block to `emit`; they stay in this process otherwise.
+    """
+    try:
+        job, payload = read_job(frame)
+    except ProtocolError as error:
+        return write_frame(describe_failure(error, lambda _: False))
+    reader: JobReader | None = None
+    try:
+        reader = JobReader(job, payload, _printer(emit))
+        with _warnings_to(emit) if forward_warnings else nullcontext():
+            answer, tensors = _run(job, reader, served)
+        return write_frame(answer, tensors)
+    except BaseException as error:
+        if isinstance(error, KeyboardInterrupt):
+            raise
+        return write_frame(_failure(error, job, reader))
+
+
+def _run(job: Job, reader: JobReader, served: NNsight) -> tuple[Answer, TensorWriter]:
+    models = _models(job, served)
+    reader.models = models
+    for model, state in zip(models, job.models, strict=True):
+        model._edits = [Edit(*reader.bound(edit)) for edit in state.edits]
+    block, scope = reader.bound(job.main)
+    args = tuple(reader.decode(value) for value in job.args)
+    kwargs = {name: reader.decode(value) for name, value in job.kwargs.items()}
+    given = Given(reader.containers, reader.tensors)
+    with Files(reader.files), torch.random.fork_rng(devices=[]), collecting_saves() as saved:
+        torch.manual_seed(job.seed % 2**63)
+        _run_block(models[0], job, block, scope, args, kwargs)
+    encoder = Encoder(given.extend, data_only=True)
+    return write_answer(encoder, block, scope, saved, given), encoder.tensors
+
+
+def _run_block(
+    model: NNsight, job: Job, block: Block, scope: Scope, args: tuple[Any, ...], kwargs: Mapping[str, Any]
+) -> None:
+    with torch.inference_mode(job.inference), torch.set_grad_enabled(job.grad):
+        run = bind(block, scope)
+        if job.method == "session":
+            context: Any = model.session()
+        else:
+            if not hasattr(model, job.method):
+                raise ProtocolError(f"a {type(model).__name__} has no {job.method}()")
+            context = getattr(model, job.method)(*args, strict_order=job.strict_order, **kwargs)
+        with context as target:
+            if block.target is None:
+                run()
+            else:
+                run(target)
+
+
+def _models(job: Job, served: NNsight) -> list[NNsight]:
+    """A model object for each that the block names, sharing the served one's modules."""
+    if not job.models:
+        raise ProtocolError("the job names no model")
+    by_names: dict[str, NNsight] = {}
+    models = []
+    for state in job.models:
+        key = repr(state.rename)
+        if key not in by_names:
+            by_names[key] = served._copy() if state.rename is None else _renamed(served, state.rename)
+        model = by_names[key]._copy()
+        model._is_served = True
+        models.append(model)
+    return models
+
+
+def _renamed(served: NNsight, rename: dict[str, str]) -> NNsight:
+    if isinstance(served, LanguageModel):
+        return LanguageModel(served._model, tokenizer=served.tokenizer, rename=rename)
+    return NNsight(served._model, rename=rename)
+
+
+def _printer(emit: Emit) -> Callable[..., None]:
+    def show(
+        *values: Any, sep: str | None = " ", end: str | None = "\n", file: Any = None, flush: bool = False
+    ) -> None:
+        if file is not None and file is not sys.stdout:
+            print(*values, sep=sep, end=end, file=file, flush=flush)
+            return
+        text = io.StringIO()
+        print(*values, sep=sep, end=end, file=text)
+        emit(Event("print", text.getvalue()))
+
+    show.__name__ = show.__qualname__ = "print"
+    return show
+
+
+@contextmanager
+def _warnings_to(emit: Emit) -> Iterator[None]:
+    def show(message: Any, category: type[Warning], filename: str, line: int, *_: Any) -> None:
+        name = f"{category.__module__}:{category.__qualname__}"
+        emit(Event("warning", str(message), name, filename, line))
+
+    with warnings.catch_warnings():
+        warnings.simplefilter("default")
+        warnings.showwarning = show
+        yield
+
+
+def _failure(error: BaseException, job: Job, reader: JobReader | None) -> Failure:
+    blocks = [job.main, *(edit for state in job.models for edit in state.edits)]
+    files = {bound.block.filename for bound in blocks} | {text.filename for text in job.definitions}
+    files |= {module.filename for module in job.modules}
+
+    def is_users(filename: str) -> bool:
+        return filename in files and not filename.startswith(_PACKAGE)
+
+    if isinstance(error, NNsightError):
+        error.__cause__, error.__suppress_context__ = None, True
+    return describe_failure(error, is_users, reader.definitions if reader is not None else {})

@@ -1,0 +1,53 @@
+"""Messages between a server and the processes that run blocks: a kind, a length, bytes."""
+
+from __future__ import annotations
+
+import socket
+import struct
+
+_START = struct.Struct("<cQ")
+_LARGEST = 2**40
+
+JOB, READY, EVENT, ANSWER, STOPPED, PROBLEM = b"J", b"R", b"E", b"A", b"S", b"P"
+FORK, BEGUN, KILL = b"F", b"B", b"K"  # between a server and a zygote
+
+
+class Pipe:
+    """One end of a socket pair; a message may have `largest` bytes, whatever the other end says."""
+
+    def __init__(self, end: socket.socket, largest: int = _LARGEST) -> None:
+        self._end = end
+        self._largest = largest
+
+    def send(self, kind: bytes, data: bytes = b"") -> None:
+        """Send one message."""
+        self._end.sendall(_START.pack(kind, len(data)))
+        self._end.sendall(data)
+
+    def receive(self) -> tuple[bytes, bytes]:
+        """The next message.
+
+        Raises:
+            EOFError: The other end is gone, or says what it cannot mean.
+        """
+        kind, size = _START.unpack(self._exactly(_START.size))
+        if size > self._largest:
+            raise EOFError(f"a message of {size} bytes, of at most {self._largest}")
+        return kind, bytes(self._exactly(size))
+
+    def _exactly(self, size: int) -> bytearray:
+        data = bytearray(size)
+        view, at = memoryview(data), 0
+        while at < size:
+            try:
+                count = self._end.recv_into(view[at:])
+            except ConnectionError:
+                count = 0
+            if not count:
+                raise EOFError("the other end is gone")
+            at += count
+        return data
+
+    def close(self) -> None:
+        """Let go of this end."""
+        self._end.close()

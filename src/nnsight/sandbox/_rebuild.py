@@ -1,0 +1,202 @@
+"""A job's values, functions and classes, made again where its block runs."""
+
+from __future__ import annotations
+
+import ast
+import builtins
+import importlib
+import linecache
+import sys
+from collections.abc import Callable
+from types import ModuleType
+from typing import Any
+
+from .._capture import Block, Scope
+from ..envoy import Envoy
+from ..errors import ProtocolError
+from ..modeling import NNsight
+from ..protocol import (
+    BlockText,
+    BoundBlock,
+    Decoder,
+    Definition,
+    DefinitionNode,
+    EnvoyNode,
+    ImportNode,
+    InstanceNode,
+    Job,
+    ModuleNode,
+    Node,
+    read_tensors,
+)
+
+_OUTER = ".outer"
+
+
+class JobReader(Decoder):
+    """Makes what one job sent; `models` are made by the caller, `show` is what its `print` writes with."""
+
+    def __init__(self, job: Job, payload: bytes | memoryview, show: Callable[..., None]) -> None:
+        super().__init__(read_tensors(job.tensors, payload), job.containers)
+        self.job = job
+        self.models: list[NNsight] = []
+        self.definitions: dict[int, Any] = {}
+        self.files: dict[str, list[str]] = {}
+        self._builtins = {**vars(builtins), "print": show}
+        self._namespaces = [self._fresh(space.name) for space in job.namespaces]
+        self._complete: set[int] = set()
+        self._modules: dict[str, ModuleType] = {}
+        self._making: set[int] = set()
+
+    def _fresh(self, name: str) -> dict[str, Any]:
+        return {"__name__": name, "__builtins__": self._builtins}
+
+    def namespace(self, number: int) -> dict[str, Any]:
+        """The globals of one of the user's modules, as far as they were sent."""
+        if not 0 <= number < len(self._namespaces):
+            raise ProtocolError(f"there is no namespace {number}")
+        space = self._namespaces[number]
+        if number not in self._complete:
+            self._complete.add(number)
+            for name, node in self.job.namespaces[number].values.items():
+                space.setdefault(name, self.decode(node))
+        return space
+
+    def bound(self, text: BoundBlock) -> tuple[Block, Scope]:
+        """A block with its scope."""
+        variables = {name: self.decode(node) for name, node in text.variables.items()}
+        return _block(text.block), Scope.of(self.namespace(text.namespace), text.names, variables)
+
+    # --- nodes of a job --------------------------------------------------------------------------------------
+
+    def other(self, node: Node) -> Any:
+        match node:
+            case EnvoyNode():
+                return self._envoy(node)
+            case ImportNode():
+                return _imported(node)
+            case DefinitionNode():
+                return self._definition(node.index)
+            case ModuleNode():
+                return self._module(node.name)
+            case _:
+                return super().other(node)
+
+    def instance(self, index: int, node: InstanceNode) -> Any:
+        cls = self.decode(node.cls)
+        if not isinstance(cls, type):
+            raise ProtocolError("an instance of something that is no class")
+        made = self.containers[index] = object.__new__(cls)
+        state = vars(made)
+        for name, value in node.state:
+            state[name] = self.decode(value)
+        return made
+
+    def _envoy(self, node: EnvoyNode) -> Envoy | Any:
+        if not 0 <= node.model < len(self.models):
+            raise ProtocolError(f"there is no model {node.model}")
+        model = self.models[node.model]
+        if node.attribute:
+            if node.attribute not in ("tokenizer", "config"):
+                raise ProtocolError(f"a model has no part {node.attribute!r}")
+            return getattr(model, node.attribute)
+        return model.get(node.path) if node.path else model
+
+    def _definition(self, index: int) -> Any:
+        if index in self.definitions:
+            return self.definitions[index]
+        if not 0 <= index < len(self.job.definitions):
+            raise ProtocolError(f"there is no definition {index}")
+        if index in self._making:
+            raise ProtocolError("a definition needs itself to be made")
+        self._making.add(index)
+        text = self.job.definitions[index]
+        space = self.namespace(text.namespace)
+        self._remember(text)
+        made = _define(text, space, {name: self.decode(node) for name, node in text.free.items()})
+        self.definitions[index] = made
+        if not text.free:
+            space.setdefault(text.name, made)
+        return made
+
+    def _remember(self, text: Definition) -> None:
+        """Keep the source where tracebacks and captures of nested blocks look for it."""
+        lines = self.files.setdefault(text.filename, [])
+        own = text.source.splitlines(keepends=True)
+        lines.extend(["\n"] * (text.first_line - 1 + len(own) - len(lines)))
+        lines[text.first_line - 1 : text.first_line - 1 + len(own)] = own
+
+    def _module(self, name: str) -> ModuleType:
+        if name in self._modules:
+            return self._modules[name]
+        text = next((module for module in self.job.modules if module.name == name), None)
+        if text is None:
+            raise ProtocolError(f"the job brings no module {name!r}")
+        module = self._modules[name] = ModuleType(name)
+        vars(module).update(self._fresh(name))
+        self.files[text.filename] = text.source.splitlines(keepends=True)
+        exec(compile(text.source, text.filename, "exec"), vars(module))
+        return module
+
+
+class Files:
+    """The sources of a job in Python's cache of source lines, for as long as it runs."""
+
+    def __init__(self, files: dict[str, list[str]]) -> None:
+        self._files = files
+        self._before: dict[str, Any] = {}
+
+    def __enter__(self) -> None:
+        for filename, lines in self._files.items():
+            self._before[filename] = linecache.cache.get(filename)
+            linecache.cache[filename] = (sum(map(len, lines)), None, lines, filename)
+
+    def __exit__(self, *_error: object) -> None:
+        for filename, before in self._before.items():
+            if before is None:
+                linecache.cache.pop(filename, None)
+            else:
+                linecache.cache[filename] = before
+
+
+def _block(text: BlockText) -> Block:
+    return Block(
+        source=text.source,
+        filename=text.filename,
+        first_line=text.first_line,
+        function=text.function,
+        target=text.target,
+        line=text.line,
+        margins=tuple(text.margins),
+        owner=text.owner,
+        first_argument=text.first_argument,
+        flags=text.flags,
+        names_read=frozenset(text.names_read),
+        names_bound=frozenset(text.names_bound),
+        names_global=frozenset(text.names_global),
+    )
+
+
+def _define(text: Definition, space: dict[str, Any], free: dict[str, Any]) -> Any:
+    """Run a definition's source as the body of a function whose variables are its free ones."""
+    name = text.name if text.name.isidentifier() else "_"
+    tree = ast.parse(text.source)
+    ast.increment_lineno(tree, text.first_line - 1)
+    outer = ast.parse(f"def outer({', '.join(sorted(free))}): return {name}").body[0]
+    assert isinstance(outer, ast.FunctionDef)
+    outer.name = _OUTER
+    outer.body[:0] = tree.body
+    local: dict[str, Any] = {}
+    exec(compile(ast.Module([outer], []), text.filename, "exec"), space, local)
+    return local[_OUTER](**free)
+
+
+def _imported(node: ImportNode) -> Any:
+    try:
+        found: Any = sys.modules.get(node.module) or importlib.import_module(node.module)
+        for part in node.name.split(".") if node.name else ():
+            found = getattr(found, part)
+    except (ImportError, AttributeError, ValueError) as error:
+        what = f"{node.module}.{node.name}" if node.name else node.module
+        raise ImportError(f"The server has no {what!r}, which the block uses ({error}).") from error
+    return found

@@ -1,0 +1,132 @@
+"""The zygote: holds a model that has run nobody's code, and forks a confined process for each job.
+
+It never sees a job: each one has a socket of its own between the server and the forked process, so that nothing of one
+user's is left in the memory that the next user's process begins with.
+"""
+
+from __future__ import annotations
+
+import gc
+import os
+import random
+import signal
+import socket
+import sys
+import threading
+import traceback
+from collections.abc import Callable
+from contextlib import suppress
+from typing import Any
+
+import msgspec
+import torch
+
+from ..modeling import NNsight
+from ..protocol import Event
+from ._execute import execute
+from ._jail import Allowance, confine
+from ._pipe import ANSWER, BEGUN, EVENT, FORK, JOB, KILL, PROBLEM, Pipe
+
+
+class Zygote:
+    """Forks on demand.
+
+    Args:
+        control: The server's end says when.
+        model: What the jobs run on; each has a copy of it, which takes memory only where it is changed.
+    """
+
+    def __init__(self, control: socket.socket, model: NNsight) -> None:
+        self._control = control
+        self._model = model
+        self._children: set[int] = set()
+
+    def serve(self) -> None:
+        """Fork and end processes until the server is gone."""
+        gc.collect()
+        gc.freeze()
+        while True:
+            command, descriptors = _receive_command(self._control)
+            kind, number = command[:1], int(command[1:] or b"0")
+            if kind == FORK and len(descriptors) == 1:
+                child = self._fork(descriptors[0], number)
+                os.close(descriptors[0])
+                self._control.send(BEGUN + str(child).encode())
+            elif kind == KILL:
+                self._kill(number)
+                self._control.send(KILL)
+            else:
+                for child in list(self._children):
+                    self._kill(child)
+                return
+
+    def _fork(self, descriptor: int, seconds: int) -> int:
+        child = os.fork()
+        if child:
+            self._children.add(child)
+            return child
+        try:
+            self._control.close()
+            run_confined(descriptor, self._model, Allowance(seconds=seconds))
+        finally:
+            os._exit(1)
+
+    def _kill(self, child: int) -> None:
+        if child in self._children:
+            with suppress(ProcessLookupError):
+                os.kill(child, signal.SIGKILL)
+            os.waitpid(child, 0)
+            self._children.discard(child)
+
+
+def run_confined(descriptor: int, model: NNsight, allowance: Allowance) -> None:
+    """In the forked process: give everything up, then read the job, run it, and answer."""
+    pipe = Pipe(socket.socket(fileno=descriptor))
+    _draw_anew()
+    try:
+        confine([descriptor], allowance)
+    except BaseException:
+        pipe.send(PROBLEM, f"a process could not be confined: {traceback.format_exc()}".encode())
+        os._exit(1)
+    kind, frame = pipe.receive()
+    if kind == JOB:
+        pipe.send(ANSWER, execute(frame, model, _sender(pipe)))
+    os._exit(0)
+
+
+def _draw_anew() -> None:
+    """Random numbers that no other job has; those of torch follow the job's own seed."""
+    random.seed()
+    numpy = sys.modules.get("numpy")
+    if numpy is not None:
+        numpy.random.seed()
+
+
+def _sender(pipe: Pipe) -> Callable[[Event], None]:
+    lock = threading.Lock()
+
+    def emit(event: Event) -> None:
+        with lock:
+            pipe.send(EVENT, msgspec.json.encode(event))
+
+    return emit
+
+
+def _receive_command(control: socket.socket) -> tuple[bytes, list[int]]:
+    try:
+        data, descriptors, _, _ = socket.recv_fds(control, 64, 1)
+    except (ConnectionError, OSError):
+        return b"", []
+    return data, descriptors
+
+
+def warm(model: Any) -> None:
+    """Load what first uses load lazily, so that no job has to."""
+    ids = torch.tensor([[1, 2]])
+    with model.trace(ids):
+        loss = model.output.logits.sum()
+        with loss.backward():
+            pass
+    with model.generate(ids, max_new_tokens=2, do_sample=True) as tracer:
+        _ = tracer.result
+    model._model.zero_grad(set_to_none=True)

@@ -1,0 +1,229 @@
+"""The queue: durable, fair to its users, and sure to end every job once."""
+
+from __future__ import annotations
+
+import time
+import uuid
+from typing import Any, NamedTuple
+
+import msgspec
+from sqlalchemy import Connection, delete, func, select, update
+from sqlalchemy.exc import IntegrityError
+
+from ..errors import NNsightError
+from ..protocol import ENDED, Event, Failure, JobState
+from ._limits import Limits
+from ._news import News
+from ._store import Store, events, jobs
+
+_GONE = ("job", "answer")
+
+
+class TooManyJobsError(NNsightError):
+    """A user has as many jobs as one may."""
+
+
+class UnknownJobError(NNsightError):
+    """There is no such job, or it is somebody else's."""
+
+
+class Claim(NamedTuple):
+    """A job that a replica is to run now."""
+
+    id: str
+    frame: bytes
+    seconds: float
+
+
+class Queue:
+    """The jobs of one server."""
+
+    def __init__(self, store: Store, limits: Limits, news: News) -> None:
+        self._store = store
+        self._limits = limits
+        self._news = news
+
+    # --- users -----------------------------------------------------------------------------------------------
+
+    def submit(self, owner: str, idempotency: str, model: str, frame: bytes, seconds: float) -> str:
+        """Add a job, or find the one that was added with the same idempotency key.
+
+        Raises:
+            TooManyJobsError: The user has too many.
+        """
+        with self._store.begin() as db:
+            mine = jobs.c.owner == owner
+            known = db.execute(select(jobs.c.id).where(mine, jobs.c.idempotency == idempotency)).scalar()
+            if known is not None:
+                return known
+            count = db.execute(select(func.count()).where(mine, jobs.c.status.in_(("queued", "running")))).scalar_one()
+            if count >= self._limits.queued:
+                raise TooManyJobsError(f"You have {count} jobs waiting or running, which is as many as one user may.")
+        job = uuid.uuid4().hex
+        self._store.write(job, "job", frame)
+        row = {"id": job, "owner": owner, "idempotency": idempotency, "model": model, "status": "queued"}
+        times = {"created": time.time(), "seconds": min(seconds, self._limits.seconds), "attempts": 0, "stop": 0}
+        try:
+            with self._store.begin() as db:
+                db.execute(jobs.insert().values(**row, **times))
+        except IntegrityError:  # the same request, at the same time
+            self._store.remove(job, *_GONE)
+            return self.submit(owner, idempotency, model, frame, seconds)
+        self._news.tell_work()
+        return job
+
+    def state(self, owner: str, job: str, after: int) -> JobState:
+        """Where a job stands, with its events from number `after` on."""
+        with self._store.begin() as db:
+            row = self._own(db, owner, job)
+            found = select(events.c.body).where(events.c.job == job, events.c.number >= after)
+            bodies = [body for (body,) in db.execute(found.order_by(events.c.number))]
+            ahead = self._ahead(db, row) if row.status == "queued" else 0
+        error = msgspec.json.decode(row.error, type=Failure) if row.error else None
+        told = [msgspec.json.decode(body, type=Event) for body in bodies]
+        return JobState(job, row.status, ahead, told, after + len(told), error)
+
+    def answer(self, owner: str, job: str) -> bytes:
+        """What a job that is done has left."""
+        with self._store.begin() as db:
+            row = self._own(db, owner, job)
+        if row.status != "done":
+            raise UnknownJobError(f"The job is {row.status}: it has no answer.")
+        return self._store.read(job, "answer")
+
+    def cancel(self, owner: str, job: str) -> None:
+        """End a job that waits; ask for the end of one that runs."""
+        with self._store.begin() as db:
+            row = self._own(db, owner, job)
+            if row.status == "queued":
+                self._end(db, job, "cancelled")
+            elif row.status == "running":
+                db.execute(update(jobs).where(jobs.c.id == job).values(stop=1))
+        self._news.tell(job)
+        self._news.tell_work()
+
+    def counts(self) -> dict[str, int]:
+        """How many jobs wait for each model."""
+        waiting = select(jobs.c.model, func.count()).where(jobs.c.status == "queued").group_by(jobs.c.model)
+        with self._store.begin() as db:
+            return {row[0]: row[1] for row in db.execute(waiting)}
+
+    def _own(self, db: Connection, owner: str, job: str) -> Any:
+        row = db.execute(select(jobs).where(jobs.c.id == job, jobs.c.owner == owner)).one_or_none()
+        if row is None:
+            raise UnknownJobError("There is no such job.")
+        return row
+
+    def _ahead(self, db: Connection, row: Any) -> int:
+        before = (jobs.c.model == row.model, jobs.c.status == "queued", jobs.c.created < row.created)
+        return db.execute(select(func.count()).where(*before)).scalar_one()
+
+    # --- replicas --------------------------------------------------------------------------------------------
+
+    def claim(self, model: str) -> Claim | None:
+        """The next job for a model: of the user who has fewest running, and then waits longest for a turn."""
+        with self._store.begin() as db:
+            waiting = (jobs.c.model == model, jobs.c.status == "queued")
+            first = select(jobs.c.owner, func.min(jobs.c.created)).where(*waiting).group_by(jobs.c.owner)
+            owners = [tuple(row) for row in db.execute(first)]
+            if not owners:
+                return None
+            owner = min(owners, key=lambda pair: (*self._use(db, pair[0]), pair[1]))[0]
+            oldest = select(jobs).where(*waiting, jobs.c.owner == owner).order_by(jobs.c.created).limit(1)
+            row = db.execute(oldest).one()
+            now = time.time()
+            begun = {"status": "running", "started": now, "lease": now + self._limits.lease}
+            db.execute(update(jobs).where(jobs.c.id == row.id).values(attempts=row.attempts + 1, **begun))
+            db.execute(delete(events).where(events.c.job == row.id))
+        self._news.tell(row.id)
+        return Claim(row.id, self._store.read(row.id, "job"), row.seconds)
+
+    def _use(self, db: Connection, owner: str) -> tuple[int, float]:
+        mine = jobs.c.owner == owner
+        running = db.execute(select(func.count()).where(mine, jobs.c.status == "running")).scalar_one()
+        last = db.execute(select(func.max(jobs.c.started)).where(mine)).scalar()
+        return running, last or 0.0
+
+    def beat(self, job: str) -> bool:
+        """Renew the lease of a running job; False where its user wants it to end."""
+        with self._store.begin() as db:
+            mine = (jobs.c.id == job, jobs.c.status == "running")
+            db.execute(update(jobs).where(*mine).values(lease=time.time() + self._limits.lease))
+            return db.execute(select(jobs.c.stop).where(*mine)).scalar() == 0
+
+    def note(self, job: str, number: int, event: Event) -> None:
+        """Keep something that happened while a job ran."""
+        with self._store.begin() as db:
+            db.execute(events.insert().values(job=job, number=number, body=msgspec.json.encode(event).decode()))
+        self._news.tell(job)
+
+    def finish(self, job: str, answer: bytes) -> None:
+        """A job is done."""
+        self._store.write(job, "answer", answer)
+        with self._store.begin() as db:
+            ended = self._end(db, job, "done")
+        if not ended:
+            self._store.remove(job, "answer")
+        self._news.tell(job)
+
+    def fail(self, job: str, reason: str) -> None:
+        """A job ends without an answer of its own."""
+        self._end_now(job, "failed", reason)
+
+    def stopped(self, job: str) -> None:
+        """A job that ran has been ended for its user."""
+        self._end_now(job, "cancelled")
+
+    def lose(self, job: str) -> None:
+        """The replica of a running job died: the job waits again, or fails after the last attempt."""
+        with self._store.begin() as db:
+            self._requeue(db, db.execute(select(jobs).where(jobs.c.id == job)).one())
+        self._news.tell(job)
+        self._news.tell_work()
+
+    def give_back(self, job: str) -> None:
+        """A job was not begun after all: it waits again, and that was no attempt."""
+        with self._store.begin() as db:
+            running = (jobs.c.id == job, jobs.c.status == "running")
+            db.execute(update(jobs).where(*running).values(status="queued", lease=None, attempts=jobs.c.attempts - 1))
+        self._news.tell_work()
+
+    def sweep(self) -> None:
+        """Requeue jobs whose replica gave no sign of life, and forget old ones."""
+        now = time.time()
+        with self._store.begin() as db:
+            dead = db.execute(select(jobs).where(jobs.c.status == "running", jobs.c.lease < now)).all()
+            for row in dead:
+                self._requeue(db, row)
+            old = [id for (id,) in db.execute(select(jobs.c.id).where(jobs.c.ended < now - self._limits.keep))]
+            db.execute(delete(jobs).where(jobs.c.id.in_(old)))
+        for row in dead:
+            self._news.tell(row.id)
+        for job in old:
+            self._store.remove(job, *_GONE)
+        if dead:
+            self._news.tell_work()
+
+    def _requeue(self, db: Connection, row: Any) -> None:
+        if row.status != "running":
+            return
+        if row.stop:
+            self._end(db, row.id, "cancelled")
+        elif row.attempts >= self._limits.attempts:
+            self._end(db, row.id, "failed", f"The process that ran the job died, {row.attempts} times over.")
+        else:
+            db.execute(update(jobs).where(jobs.c.id == row.id).values(status="queued", lease=None))
+
+    def _end_now(self, job: str, status: str, reason: str | None = None) -> None:
+        with self._store.begin() as db:
+            self._end(db, job, status, reason)
+        self._news.tell(job)
+
+    def _end(self, db: Connection, job: str, status: str, reason: str | None = None) -> bool:
+        """End a job that has not ended; whether it had not."""
+        failure = Failure("nnsight.errors", "ServerError", reason) if reason else None
+        error = msgspec.json.encode(failure).decode() if failure else None
+        open_ = (jobs.c.id == job, jobs.c.status.not_in(ENDED))
+        done = db.execute(update(jobs).where(*open_).values(status=status, ended=time.time(), lease=None, error=error))
+        self._store.remove(job, "job")
+        return done.rowcount == 1

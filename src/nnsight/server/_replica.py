@@ -1,0 +1,185 @@
+"""Replica: a thread that takes jobs of one model from the queue and has them run."""
+
+from __future__ import annotations
+
+import logging
+import threading
+from typing import Protocol
+
+from ..protocol import Event
+from ..sandbox import summary
+from ._limits import Limits
+from ._news import News
+from ._queue import Claim, Queue
+
+_log = logging.getLogger("nnsight.server")
+_BEAT = 0.25
+_CHECK = 5.0
+
+
+class DiedError(Exception):
+    """What ran a job has ended without an answer."""
+
+
+class NotBegunError(DiedError):
+    """What was to run a job has ended before it began."""
+
+
+class Runner(Protocol):
+    """Runs one job at a time on a model; see `_process` and `_embed`."""
+
+    def start(self) -> None:
+        """Load the model, if it is not there."""
+
+    def run(self, frame: bytes, emit: Emit) -> bytes:
+        """The answer to a job."""
+        ...
+
+    def stop(self) -> None:
+        """End the job that runs now, from another thread: `run` raises `DiedError` soon."""
+
+    def close(self) -> None:
+        """Let go of the model."""
+
+
+class Emit(Protocol):
+    """Takes what happens while a job runs."""
+
+    def __call__(self, event: Event) -> None: ...
+
+
+class Replica:
+    """Serves one model until it is told to end."""
+
+    def __init__(self, model: str, runner: Runner, queue: Queue, news: News, limits: Limits) -> None:
+        self.model = model
+        self.ready = threading.Event()
+        self.failure: str | None = None
+        self._runner = runner
+        self._queue = queue
+        self._news = news
+        self._limits = limits
+        self._ending = threading.Event()
+        self._thread = threading.Thread(target=self._serve, name=f"replica of {model}", daemon=True)
+
+    def start(self) -> None:
+        """Begin to load the model and to take jobs."""
+        self._thread.start()
+
+    def end(self, seconds: float | None = None) -> None:
+        """Take no more jobs, and wait for the one that runs."""
+        self._ending.set()
+        self._news.tell_work()
+        if self._thread.is_alive():
+            self._thread.join(seconds)
+        if self._thread.is_alive():
+            self._runner.stop()
+            self._thread.join(5)
+        self._runner.close()
+
+    def _serve(self) -> None:
+        while not self._ending.is_set():
+            try:
+                self._runner.start()
+                self.failure = None
+                self.ready.set()
+                claim = self._next()
+                if claim is not None:
+                    self._run(claim)
+            except DiedError as error:
+                self.ready.clear()
+                self.failure = str(error)
+                _log.error("replica of %s: %s", self.model, error)
+                self._ending.wait(1.0)
+            except Exception as error:  # the database was locked for too long, the disk is full
+                _log.exception("replica of %s: %s", self.model, summary(error))
+                self._ending.wait(1.0)
+
+    def _next(self) -> Claim | None:
+        with self._news.work:
+            claim = self._queue.claim(self.model)
+            if claim is None and not self._ending.is_set():
+                self._news.work.wait(_CHECK)
+        if claim is not None and self._ending.is_set():
+            self._queue.give_back(claim.id)
+            return None
+        if claim is None:
+            self._queue.sweep()
+        return claim
+
+    def _run(self, claim: Claim) -> None:
+        done = threading.Event()
+        watch = _Watch(claim, self._queue, self._runner, done)
+        watch.start()
+        output = _Output(claim.id, self._queue, self._limits.output)
+        try:
+            answer = self._runner.run(claim.frame, output)
+        except NotBegunError:
+            done.set()
+            watch.join()
+            self._queue.give_back(claim.id)
+            raise
+        except DiedError as error:
+            if watch.reason is None:
+                _log.warning("job %s of %s: %s", claim.id, self.model, error)
+            done.set()
+            watch.join()
+            if watch.reason == "cancelled":
+                self._queue.stopped(claim.id)
+            elif watch.reason is not None:
+                self._queue.fail(claim.id, watch.reason)
+            elif self._ending.is_set():
+                self._queue.give_back(claim.id)
+            else:
+                self._queue.lose(claim.id)
+            return
+        finally:
+            done.set()
+        watch.join()
+        if len(answer) > self._limits.answer:
+            self._queue.fail(claim.id, f"The saved values have {len(answer)} bytes; at most {self._limits.answer} do.")
+        else:
+            self._queue.finish(claim.id, answer)
+
+
+class _Watch(threading.Thread):
+    """Renews the lease of a job that runs, and ends it where its user or its time says so."""
+
+    def __init__(self, claim: Claim, queue: Queue, runner: Runner, done: threading.Event) -> None:
+        super().__init__(name="watch", daemon=True)
+        self.reason: str | None = None
+        self._claim = claim
+        self._queue = queue
+        self._runner = runner
+        self._done = done
+
+    def run(self) -> None:
+        beats = 0
+        while not self._done.wait(_BEAT):
+            beats += 1
+            if not self._queue.beat(self._claim.id):
+                self.reason = "cancelled"
+            elif beats * _BEAT > self._claim.seconds:
+                self.reason = f"The job ran for more than {self._claim.seconds:g} seconds, and was ended."
+            if self.reason is not None:
+                self._runner.stop()
+                return
+
+
+class _Output:
+    """Keeps a job's events, up to a limit."""
+
+    def __init__(self, job: str, queue: Queue, limit: int) -> None:
+        self._job = job
+        self._queue = queue
+        self._left = limit
+        self._number = 0
+
+    def __call__(self, event: Event) -> None:
+        if self._left <= 0:
+            return
+        self._left -= len(event.text) + 64
+        if self._left <= 0:
+            event = Event("print", "\n[the job has printed as much as one may; the rest is left out]\n")
+        self._queue.note(self._job, self._number, event)
+        self._number += 1

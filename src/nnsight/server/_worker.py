@@ -1,0 +1,125 @@
+"""The process that holds a model: `python -m nnsight.server._worker FD {"name": …, "options": …, "trusted": …}`."""
+
+from __future__ import annotations
+
+import ctypes
+import json
+import signal
+import socket
+import sys
+import threading
+from contextlib import suppress
+from typing import Any
+
+import msgspec
+
+from ..modeling import LanguageModel
+from ..protocol import Event
+from ..sandbox import ANSWER, EVENT, JOB, PROBLEM, READY, STOPPED, Pipe, Zygote, execute, summary, warm
+
+_DIE_WITH_PARENT = 1
+
+
+def main(descriptor: str, command: str) -> int:
+    """Load the model, and run jobs until the server is gone."""
+    end = socket.socket(fileno=int(descriptor))
+    pipe = Pipe(end)
+    if sys.platform == "linux":
+        ctypes.CDLL(None).prctl(_DIE_WITH_PARENT, signal.SIGKILL)
+    given: dict[str, Any] = json.loads(command)
+    try:
+        model = LanguageModel(given["name"], dispatch=True, **given["options"])
+        _ = model.tokenizer
+        if not given["trusted"]:
+            _prepare_to_fork(model)
+    except Exception as error:
+        pipe.send(PROBLEM, summary(error).encode())
+        return 1
+    if given["trusted"]:
+        _serve(pipe, model)
+    else:
+        pipe.send(READY)
+        Zygote(end, model).serve()
+    return 0
+
+
+def _prepare_to_fork(model: LanguageModel) -> None:
+    if model.device is not None and model.device.type != "cpu":
+        raise RuntimeError(
+            f"the model is on {model.device.type}: a process that uses an accelerator cannot be forked, so blocks cannot "
+            "be confined there. Serve it on the CPU, or with --trusted for yourself alone."
+        )
+    warm(model)
+    if threading.active_count() > 1:
+        raise RuntimeError("loading the model has started threads, which a fork would leave behind")
+
+
+def _serve(pipe: Pipe, model: LanguageModel) -> None:
+    interrupts = _Interrupts()
+    pipe.send(READY)
+    while True:
+        try:
+            kind, frame = pipe.receive()
+        except EOFError:
+            return
+        if kind != JOB:
+            return
+        answer = _run(frame, model, pipe, interrupts)
+        with suppress(BrokenPipeError):
+            pipe.send(STOPPED if answer is None else ANSWER, answer or b"")
+
+
+def _run(frame: bytes, model: LanguageModel, pipe: Pipe, interrupts: _Interrupts) -> bytes | None:
+    sending = threading.Lock()
+
+    def emit(event: Event) -> None:
+        with sending:
+            interrupts.hold()
+            try:
+                pipe.send(EVENT, msgspec.json.encode(event))
+            finally:
+                interrupts.release()
+
+    try:
+        interrupts.allow()
+        try:
+            return execute(frame, model, emit)
+        finally:
+            interrupts.forbid()
+    except KeyboardInterrupt:
+        return None
+
+
+class _Interrupts:
+    """Interrupts reach a block, and nothing else of this process: a message is never cut in two."""
+
+    def __init__(self) -> None:
+        self._allowed = False
+        self._held = False
+        self._came = False
+        signal.signal(signal.SIGINT, self._on_interrupt)
+
+    def _on_interrupt(self, *_: object) -> None:
+        if self._held:
+            self._came = True
+        elif self._allowed:
+            raise KeyboardInterrupt
+
+    def allow(self) -> None:
+        self._allowed = True
+
+    def forbid(self) -> None:
+        self._allowed = self._came = False
+
+    def hold(self) -> None:
+        self._held = True
+
+    def release(self) -> None:
+        self._held = False
+        if self._came and self._allowed:
+            self._came = False
+            raise KeyboardInterrupt
+
+
+if __name__ == "__main__":
+    sys.exit(main(*sys.argv[1:]))
