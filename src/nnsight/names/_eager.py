@@ -78,11 +78,7 @@ def _allowed(attention: Module, query: torch.Tensor, key: torch.Tensor, options:
     flash = "flash" in str(getattr(getattr(attention, "config", None), "_attn_implementation", ""))
     window = options.get("sliding_window") if flash else None  # others are given it as a mask
     queries, keys = query.shape[-2], key.shape[-2]
-<<<<<<< HEAD
     if window is None and (not causal or queries == 1):
-=======
-    if (not causal and window is None) or (queries == 1 and window is None):
->>>>>>> main
         return None
     # A function without a mask counts queries and keys from the first, flash attention from the last.
     offset = keys - queries if flash else 0
