@@ -17,8 +17,11 @@ from nnsight import NNsight
 
 LAYERS = range(3)
 
+T5 = {"d_model": 32, "d_kv": 16, "d_ff": 48, "num_layers": 3, "num_heads": 4, "vocab_size": 120}
 MORE = [
-    decoder("granite", "Granite", {**LLAMA, "residual_multiplier": 0.3, "embedding_multiplier": 5.0, "logits_scaling": 4.0}),
+    decoder(
+        "granite", "Granite", {**LLAMA, "residual_multiplier": 0.3, "embedding_multiplier": 5.0, "logits_scaling": 4.0}
+    ),
     decoder("gpt_neox_serial", "GPTNeoX", {**NEOX, "use_parallel_residual": False}, "gpt_neox.layers", "attention"),
     decoder(
         "falcon_grouped",
@@ -33,11 +36,7 @@ MORE = [
         zoo.FAMILIES["t5"],
         name="t5_gated",
         make=lambda: tf.T5ForConditionalGeneration(
-            tf.T5Config(
-                **{"d_model": 32, "d_kv": 16, "d_ff": 48, "num_layers": 3, "num_decoder_layers": 3, "num_heads": 4},
-                **{"feed_forward_proj": "gated-gelu", "tie_word_embeddings": False, "vocab_size": 120},
-                decoder_start_token_id=0,
-            )
+            tf.T5Config(**T5, feed_forward_proj="gated-gelu", tie_word_embeddings=False, decoder_start_token_id=0)
         ),
     ),
 ]

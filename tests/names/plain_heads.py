@@ -90,7 +90,10 @@ def _patches(home: Any, found: Attended, edits: dict[tuple[Module, str], Edit]) 
 
     def attending(module: Module, q: Any, k: Any, v: Any, *args: Any, **kwargs: Any) -> Any:
         found.q[module], found.k[module], found.v[module] = (t.transpose(1, 2).clone() for t in (q, k, v))
-        q, k, v = (_edited(edits, (module, name), t.transpose(1, 2)).transpose(1, 2) for name, t in zip("qkv", (q, k, v), strict=True))
+        q, k, v = (
+            _edited(edits, (module, name), t.transpose(1, 2)).transpose(1, 2)
+            for name, t in zip("qkv", (q, k, v), strict=True)
+        )
         output, weights = attend(module, q, k, v, *args, **kwargs)
         found.pattern[module] = weights.clone()
         if (module, "pattern") in edits:

@@ -44,7 +44,10 @@ BROKEN = {
     ),
     "another split": (replace(LLAMA, heads=replace(LLAMA.heads, heads=2, kv_heads=2)), "heads"),
     "another norm": (replace(LLAMA, final_norm="layers.1.post_attention_layernorm"), "final_norm"),
-    "another sum": (replace(LLAMA, stream="post_norm", norms=("input_layernorm", "post_attention_layernorm")), "attn_out"),
+    "another sum": (
+        replace(LLAMA, stream="post_norm", norms=("input_layernorm", "post_attention_layernorm")),
+        "attn_out",
+    ),
     "another factor": (replace(LLAMA, multiplier="rms_norm_eps"), "attn_out"),
     "another embedding": (replace(LLAMA, entry=("embed_tokens", "embed_tokens")), "resid_pre"),
     "a cap it has not": (replace(LLAMA, head="capped", head_value="hidden_size"), "logits"),
@@ -226,7 +229,7 @@ class TestUndisturbed:
     def test_the_module(self) -> None:
         net = build(BY_NAME["gptj"])
         before = {name: dict(vars(module)) for name, module in net.named_modules()}
-        buffers = {name: buffer for name, buffer in net.named_buffers()}
+        buffers = dict(net.named_buffers())
         model = NNsight(net)
         with model.trace(input_ids=IDS):
             model.resid_pre[1]

@@ -26,7 +26,7 @@ def allowed(mask, queries=4, keys=4):
 
 def mask_for(attention, mask=None, queries=4, keys=4, **options):
     q, k = torch.zeros(1, 2, queries, 8), torch.zeros(1, 1, keys, 8)
-    return eager_mask(attention, q, k, k, mask, options)
+    return eager_mask(attention, q, k, mask, options)
 
 
 def grid(rule, queries=4, keys=4):
@@ -82,7 +82,9 @@ def test_packed_sequences_are_refused() -> None:
         mask_for(Attention("flash_attention_2"), cu_seq_lens_q=torch.tensor([0, 2, 4]))
 
 
-@pytest.mark.parametrize("options", [{"is_causal": True}, {"scale": 0.3}, {"enable_gqa": True}, {"mask": "bool"}, {"mask": "float"}])
+@pytest.mark.parametrize(
+    "options", [{"is_causal": True}, {"scale": 0.3}, {"enable_gqa": True}, {"mask": "bool"}, {"mask": "float"}]
+)
 def test_the_kernel_with_its_probabilities(options) -> None:
     torch.manual_seed(0)
     q, k, v = torch.randn(2, 4, 5, 8), torch.randn(2, 4, 5, 8), torch.randn(2, 4, 5, 6)

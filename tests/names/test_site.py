@@ -42,6 +42,9 @@ class TestSite:
         assert model.site("head_pattern", 1).axes == ("batch", "head", "query", "key")
         assert model.site("logits").axes == ("batch", "pos", "vocab")
         assert model.site("neurons", 1).path == "model.transformer.h.1.mlp.c_proj.input"
+        assert model.site("head_pattern", 1).path == "model.transformer.h.1.attn.pattern"
+        assert model.site("head_result", 1).path == "model.transformer.h.1.attn.c_proj.result"
+        assert model.site("logits").path == "model.output.logits"
 
     def test_short_names_of_heads(self, model) -> None:
         for name in "q k v z pattern result".split():
@@ -154,7 +157,7 @@ class TestHooks:
 
 
 def test_sites_of_two_halves_sort_by_half() -> None:
-    model, names, _ = wrap(BY_NAME["bart-encoder"])
+    model, _, _ = wrap(BY_NAME["bart-encoder"])
     sites = [model.site("resid_pre", 0, stack="decoder"), model.site("resid_post", 2, stack="encoder")]
     assert [site.stack for site in sorted(sites)] == ["encoder", "decoder"]
     assert repr(sites[0]) == "Site('resid_pre', 0, stack='decoder')"

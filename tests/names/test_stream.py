@@ -38,7 +38,7 @@ def test_values_are_what_hooks_see(case: Case) -> None:
 def test_the_stream_adds_up(case: Case) -> None:
     model, names, net = wrap(case)
     given = inputs(case)
-    norms = post_norms(case, net)
+    norms, last = post_norms(case, net), None
     with model.trace(**given):
         for index in range(len(names)):
             values = layer(names, index)
@@ -54,8 +54,7 @@ def test_the_stream_adds_up(case: Case) -> None:
                 assert close(pre + case.multiplier * sum(added), post)
             if "resid_mid" in values and not norms:
                 assert close(pre + case.multiplier * added[0], values["resid_mid"])
-            if index:
-                assert torch.equal(pre, last)
+            assert last is None or torch.equal(pre, last)
             last = post
 
 
@@ -73,7 +72,7 @@ def post_norms(case, net):
 
 @pytest.mark.parametrize("case", CASES, ids=lambda case: case.name)
 def test_modules(case: Case) -> None:
-    model, names, net = wrap(case)
+    _, names, net = wrap(case)
     assert [block._module for block in names.layers] == list(net.get_submodule(case.blocks))
     assert names.layers[-1].path == f"model.{case.blocks}.{len(names) - 1}"
     for name, owner in (("embed", "get_input_embeddings"), ("unembed", "get_output_embeddings")):

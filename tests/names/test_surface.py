@@ -77,7 +77,9 @@ class TestAssignment:
             assert torch.equal(model.resid_post[1], second)
 
     def test_a_tensor_of_another_shape(self, model) -> None:
-        with pytest.raises(EditError, match=r"model\.heads\[1\]\.z has shape \[1, 6, 4, 8\] here and was assigned.*\[3, 8\]"):
+        with pytest.raises(
+            EditError, match=r"model\.heads\[1\]\.z has shape \[1, 6, 4, 8\] here and was assigned.*\[3, 8\]"
+        ):
             with model.trace(IDS):
                 model.heads[1].z = torch.zeros(3, 8)
         with pytest.raises(EditError, match=r"was assigned a str"), model.trace(IDS):
@@ -169,7 +171,9 @@ class TestOwnNamesWin:
         assert model.neurons == "mine"
 
     def test_rename(self, net) -> None:
-        model = LanguageModel(net, rename={"model.layers": "layers", "lm_head": "unembed", "self_attn": "attn", "mlp": "heads"})
+        model = LanguageModel(
+            net, rename={"model.layers": "layers", "lm_head": "unembed", "self_attn": "attn", "mlp": "heads"}
+        )
         assert model.layers is model.model.layers
         assert model.layers[1].attn is model.model.layers[1].self_attn
         assert model.layers[1].heads is model.model.layers[1].mlp

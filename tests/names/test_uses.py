@@ -184,7 +184,7 @@ class TestScan:
         row = family("llama")
         monkeypatch.setattr(_registry, "_own", {"llama": replace(row, attn_out="self_attn.q_proj.output.output")})
         model = LanguageModel(build(BY_NAME["llama"]))
-        with pytest.raises(NamesError, match="no self_attn.q_proj.output"):
+        with pytest.raises(NamesError, match=r"no self_attn\.q_proj\.output"):
             with model.scan(torch.tensor([PROMPTS[0]])):
                 model.attn_out[1]
 
@@ -212,7 +212,7 @@ class TestGradients:
     @pytest.mark.parametrize("name", ["opt", "t5-encoder", "gptj", "bloom", "falcon", "gpt2"])
     def test_edits_in_place_leave_gradients_right(self, name: str) -> None:
         case = BY_NAME[name]
-        model, names, net = wrap(case)
+        model, names, _ = wrap(case)
         given = inputs(case)
         with model.trace(**given):
             before = names.resid_pre[0]

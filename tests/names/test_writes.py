@@ -2,7 +2,6 @@
 
 import pytest
 import torch
-
 from zoo import plain
 
 from .cases import CASES, WITH_HEADS, Case, at, build, close, first, hook, inputs, wrap
@@ -191,7 +190,9 @@ def test_pattern_of_a_forward_that_calls_the_kernel_itself(name: str, monkeypatc
         found = [names.heads[i].pattern.clone() for i in range(3)]
     assert close(found[0], patterns[0])
     assert close(found[1], patterns[1])
-    assert close(by_names(model, given, lambda: setattr(names.heads[1], "pattern", uniform(names.heads[1].pattern))), expected)
+    assert close(
+        by_names(model, given, lambda: setattr(names.heads[1], "pattern", uniform(names.heads[1].pattern))), expected
+    )
 
 
 def test_falcon_computed_eagerly() -> None:
@@ -203,5 +204,3 @@ def test_falcon_computed_eagerly() -> None:
         with model.trace(**given):
             found[implementation] = names.heads[1].pattern.clone()
     assert close(found["sdpa"], found["eager"])
-
-

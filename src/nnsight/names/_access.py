@@ -37,6 +37,10 @@ class Access:
         below = f".{self._spot.path}" if self._spot.path else ""
         return f"{self.stack.path}.{index}{below}"
 
+    def where(self, index: int) -> str:
+        """The path with what is read there: `model.transformer.h.3.mlp.output`."""
+        return f"{self.path(index)}.{self._spot.kind}"
+
     def module(self, index: int) -> Module:
         """The module of layer `index` that the value belongs to."""
         return self.stack.module(index, self._steps, self.name)
@@ -109,7 +113,7 @@ class Shown(Access):
     def _pick(self, value: Any) -> torch.Tensor:
         return value
 
-    def _replaced(self, _value: Any, new: torch.Tensor) -> Any:
+    def _replaced(self, value: Any, new: torch.Tensor) -> Any:
         return new
 
 
@@ -128,7 +132,7 @@ class _Flat:
     def show(self, tensor: torch.Tensor) -> torch.Tensor:
         return self._rows().show(tensor)
 
-    def take(self, _tensor: torch.Tensor, new: torch.Tensor) -> torch.Tensor:
+    def take(self, tensor: torch.Tensor, new: torch.Tensor) -> torch.Tensor:
         return new.flatten(0, 1)
 
     def _rows(self) -> InRows:
@@ -167,7 +171,7 @@ class Operation(InAttention):
     """What an operation of the attention's forward is given, or gives."""
 
     def path(self, index: int) -> str:
-        return f"{self.stack.path}.{index}.{self._row.module}.{self._spot.path}"
+        return f"{self.stack.path}.{index}.{self._row.module}.source.{self._spot.path}"
 
     def module(self, index: int) -> Module:
         return self.stack.module(index, self._forward, self.name)
@@ -180,6 +184,9 @@ class Operation(InAttention):
 class Pattern(Operation):
     """The probabilities; the layer computes its attention eagerly once they are asked for."""
 
+    def where(self, index: int) -> str:
+        return f"{self.stack.path}.{index}.{self._row.module}.pattern"
+
     def _show(self, run: Run, index: int, place: OperationPlace) -> None:
         self._open(run, index).show_pattern(self._spot.path, place)
 
@@ -187,8 +194,8 @@ class Pattern(Operation):
 class Result(InAttention):
     """What each head adds to the attention's output."""
 
-    def path(self, index: int) -> str:
-        return f"{self.stack.path}.{index}.{self._row.out}.result"
+    def where(self, index: int) -> str:
+        return f"{self.path(index)}.result"
 
     def _show(self, run: Run, index: int, place: OperationPlace) -> None:
         if self._prepared:
@@ -207,6 +214,9 @@ class Whole(Access):
 
     def path(self, index: int) -> str:
         return f"model.{self._spot.path}".rstrip(".")
+
+    def where(self, index: int) -> str:
+        return ".".join(filter(None, (super().where(index), self._attribute)))
 
     def module(self, index: int) -> Module:
         return self.stack.root_module(self._steps)

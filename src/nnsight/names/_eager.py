@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import sys
 from collections.abc import Callable
 from typing import Any
 
@@ -43,7 +44,6 @@ def eager_mask(
     attention: Module,
     query: torch.Tensor,
     key: torch.Tensor,
-    value: torch.Tensor,
     mask: Any,
     options: dict[str, Any],
 ) -> torch.Tensor | None:
@@ -78,7 +78,7 @@ def _allowed(attention: Module, query: torch.Tensor, key: torch.Tensor, options:
     flash = "flash" in str(getattr(getattr(attention, "config", None), "_attn_implementation", ""))
     window = options.get("sliding_window") if flash else None  # others are given it as a mask
     queries, keys = query.shape[-2], key.shape[-2]
-    if (not causal and window is None) or (queries == 1 and window is None):
+    if window is None and (not causal or queries == 1):
         return None
     # A function without a mask counts queries and keys from the first, flash attention from the last.
     offset = keys - queries if flash else 0
@@ -91,9 +91,8 @@ def _allowed(attention: Module, query: torch.Tensor, key: torch.Tensor, options:
 
 
 def _from_block_mask(mask: Any, query: torch.Tensor, key: torch.Tensor) -> torch.Tensor:
-    from torch.nn.attention.flex_attention import create_mask
-
-    if not callable(getattr(mask, "mask_mod", None)):
+    create_mask = getattr(sys.modules[type(mask).__module__], "create_mask", None)
+    if create_mask is None or not callable(getattr(mask, "mask_mod", None)):
         raise NamesError(f"An attention mask of type {type(mask).__name__} cannot be used to compute the pattern.")
     batch, heads = query.shape[:2]
     return create_mask(mask.mask_mod, batch, heads, query.shape[-2], key.shape[-2], device=str(query.device))

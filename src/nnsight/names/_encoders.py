@@ -13,8 +13,8 @@ _NO_EMBED = {"embed": "it is given no tokens"}
 
 
 def _separate(module: str, out: str = "out_proj", **options: Any) -> Attention:
-    spots = {name: f"{module}.{name}_proj.output" for name in "qkv"}
-    return Attention(module=module, out=f"{module}.{out}", **spots, **options)
+    q, k, v = (f"{module}.{name}_proj.output" for name in "qkv")
+    return Attention(module=module, out=f"{module}.{out}", q=q, k=k, v=v, **options)
 
 
 BERT = Family(
@@ -68,8 +68,8 @@ MODERNBERT = Family(
 
 def t5(config: Any) -> Mapping[str, Family]:
     def heads(path: str) -> Attention:
-        spots = {name: f"{path}.{name}.output" for name in "qkv"}
-        return Attention(module=path, out=f"{path}.o", **spots, heads="num_heads")
+        q, k, v = (f"{path}.{name}.output" for name in "qkv")
+        return Attention(module=path, out=f"{path}.o", q=q, k=k, v=v, heads="num_heads")
 
     def stack(base: str, mlp: str) -> Family:
         return Family(

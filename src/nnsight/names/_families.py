@@ -26,6 +26,7 @@ def _fused(module: str, projection: str, out: str, **options: Any) -> Attention:
     return Attention(module=module, out=f"{module}.{out}", q=spot, k=spot, v=spot, **options)
 
 
+_GPT2_HEADS = _fused("attn", "c_attn", "c_proj", split="blocks")
 GPT2 = Family(
     layers="h",
     embed="wte",
@@ -38,7 +39,7 @@ GPT2 = Family(
     attn_out="attn.output",
     mlp_out="mlp.output",
     neurons="mlp.c_proj.input",
-    heads=_fused("attn", "c_attn", "c_proj", split="blocks"),
+    heads=_GPT2_HEADS,
 )
 
 LLAMA = Family(
@@ -69,7 +70,7 @@ _EXPERTS_ONLY = {"neurons": "its MLPs are mixtures, whose experts have neurons o
 
 def gpt2(config: Any) -> Family:
     if config.reorder_and_upcast_attn and config._attn_implementation == "eager":
-        return replace(GPT2, heads=replace(GPT2.heads, pattern="attn.attn_dropout.input", call=None))
+        return replace(GPT2, heads=replace(_GPT2_HEADS, pattern="attn.attn_dropout.input", call=None))
     return GPT2
 
 

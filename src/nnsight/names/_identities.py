@@ -110,12 +110,8 @@ class Identities:
     def final(self, last: torch.Tensor | None, entering: torch.Tensor | None) -> None:
         """The last layer's stream enters the final norm."""
         if last is not None and entering is not None:
-            self._same(
-                ["final_norm", "resid_post"],
-                "what the last layer gives and what the final norm is given",
-                last,
-                entering,
-            )
+            what = "what the last layer gives and what the final norm is given"
+            self._same(["final_norm", "resid_post"], what, last, entering)
 
     def head(
         self, normed: torch.Tensor | None, given: torch.Tensor | None, out: torch.Tensor, logits: torch.Tensor

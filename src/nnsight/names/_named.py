@@ -116,8 +116,8 @@ class Named(Envoy):
 
         Args:
             name: `resid_pre`, `resid_mid`, `resid_post`, `attn_out`, `mlp_out`, `neurons`, `head_q`, `head_k`, `head_v`,
-                `head_q_rot`, `head_k_rot`, `head_pattern`, `head_z`, `head_result`, `mixer_out`, `cross_out`, `cross_head_q`, …,
-                `embed`, `final_norm`, `logits`.
+                `head_q_rot`, `head_k_rot`, `head_pattern`, `head_z`, `head_result`, `mixer_out`, `cross_out`,
+                `cross_head_q`, …, `embed`, `final_norm`, `logits`.
             layer: Which layer, counted from the last one where negative; none for the last three.
             stack: `"encoder"` or `"decoder"` where there are two.
 

@@ -28,7 +28,7 @@ class AsItIs:
     def show(self, tensor: torch.Tensor) -> torch.Tensor:
         return tensor
 
-    def take(self, _tensor: torch.Tensor, new: torch.Tensor) -> torch.Tensor:
+    def take(self, tensor: torch.Tensor, new: torch.Tensor) -> torch.Tensor:
         return new
 
 
@@ -41,7 +41,7 @@ class ByHead:
     def show(self, tensor: torch.Tensor) -> torch.Tensor:
         return tensor.unflatten(-1, (self.heads, -1))
 
-    def take(self, _tensor: torch.Tensor, new: torch.Tensor) -> torch.Tensor:
+    def take(self, tensor: torch.Tensor, new: torch.Tensor) -> torch.Tensor:
         return new.flatten(-2)
 
 
@@ -51,7 +51,7 @@ class HeadsFirst:
     def show(self, tensor: torch.Tensor) -> torch.Tensor:
         return tensor.transpose(1, 2)
 
-    def take(self, _tensor: torch.Tensor, new: torch.Tensor) -> torch.Tensor:
+    def take(self, tensor: torch.Tensor, new: torch.Tensor) -> torch.Tensor:
         return new.transpose(1, 2)
 
 
@@ -64,7 +64,7 @@ class InRows:
     def show(self, tensor: torch.Tensor) -> torch.Tensor:
         return tensor.unflatten(0, (-1, self.positions))
 
-    def take(self, _tensor: torch.Tensor, new: torch.Tensor) -> torch.Tensor:
+    def take(self, tensor: torch.Tensor, new: torch.Tensor) -> torch.Tensor:
         return new.flatten(0, 1)
 
 

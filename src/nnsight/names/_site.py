@@ -45,7 +45,7 @@ class Site:
     @property
     def path(self) -> str:
         """Where the value is found: `model.transformer.h.3.attn.c_proj.input`."""
-        return f"{self._access.path(self.layer or 0)}.{self._access.kind}"
+        return self._access.where(self.layer or 0)
 
     @property
     def order(self) -> tuple[int, int, int]:

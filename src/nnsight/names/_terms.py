@@ -1,15 +1,16 @@
-"""Terms: every name of the vocabulary, with the axes of its values, in the order a layer runs them.
+"""Terms: every name of the vocabulary, with the axes of its values.
 
 | name | axes | what it is |
 |---|---|---|
 | `resid_pre[i]` | `batch pos d_model` | the residual stream that enters layer `i` |
-| `heads[i].q`, `.k`, `.v` | `batch pos head d_head` | queries, keys, values as they are projected; keys and values by their own heads |
-| `heads[i].q_rot`, `.k_rot` | `batch pos head d_head` | queries and keys as they are scored: normed, with the rotary embedding |
+| `heads[i].q`, `.k`, `.v` | `batch pos head d_head` | queries, keys, values as they are projected |
+| `heads[i].q_rot`, `.k_rot` | `batch pos head d_head` | queries and keys as they are scored, with the rotary embedding |
 | `heads[i].pattern` | `batch head query key` | the attention probabilities |
 | `heads[i].z` | `batch pos head d_head` | each head's mix of values |
-| `heads[i].result` | `batch pos head d_model` | what each head adds to the attention's output, without the bias |
-| `attn_out[i]`, `mixer_out[i]` | `batch pos d_model` | what attention, or a state-space mixer, adds to the stream |
-| `resid_mid[i]` | `batch pos d_model` | the stream between the two |
+| `heads[i].result` | `batch pos head d_model` | what each head adds to the attention's output |
+| `attn_out[i]` | `batch pos d_model` | what attention adds to the stream |
+| `mixer_out[i]` | `batch pos d_model` | what a state-space mixer adds to it |
+| `resid_mid[i]` | `batch pos d_model` | the stream between the two parts of a layer |
 | `cross_heads[i]`, `cross_out[i]` | as above | attention to the encoder |
 | `neurons[i]` | `batch pos d_mlp` | what goes into the MLP's last projection |
 | `mlp_out[i]` | `batch pos d_model` | what the MLP adds to the stream |

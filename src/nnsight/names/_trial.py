@@ -88,7 +88,7 @@ def trial_inputs(model: Module, config: Any) -> dict[str, torch.Tensor]:
     dtype = torch.float32 if first is None or not first.is_floating_point() else first.dtype
     name = getattr(type(model), "main_input_name", "input_ids")
     inputs: dict[str, torch.Tensor] = {}
-    if name == "pixel_values" or (hasattr(config, "vision_config") and config.model_type == "clip"):
+    if name == "pixel_values" or config.model_type == "clip":
         inputs["pixel_values"] = _pixels(getattr(config, "vision_config", config))
     if name == "input_features":
         inputs[name] = torch.rand(1, config.num_mel_bins, 2 * config.max_source_positions)
@@ -98,13 +98,13 @@ def trial_inputs(model: Module, config: Any) -> dict[str, torch.Tensor]:
         raise NamesError(f"no trial input is known for a model that is called with {name}")
     if getattr(config, "is_encoder_decoder", False):
         inputs["decoder_input_ids"] = _ids(config)[:, :-1]
-    generator = torch.Generator().manual_seed(0)
-    return {
-        name: (value if not value.is_floating_point() else torch.rand(value.shape, generator=generator).to(dtype)).to(
-            device
-        )
-        for name, value in inputs.items()
-    }
+    return {name: _filled(value, dtype).to(device) for name, value in inputs.items()}
+
+
+def _filled(value: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
+    if not value.is_floating_point():
+        return value
+    return torch.rand(value.shape, generator=torch.Generator().manual_seed(0)).to(dtype)
 
 
 def _ids(config: Any) -> torch.Tensor:

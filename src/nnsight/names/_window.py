@@ -22,7 +22,6 @@ from ._ports import Showing, show
 
 INTERFACE = "attention_interface_0"
 _DROPOUT = "nn_functional_dropout_0"
-_MASK = 4  # position of the mask among the arguments of an attention function
 
 Function = Callable[..., Any]
 
@@ -94,7 +93,11 @@ class Window:
             return partial(attend_eagerly, partial(self._show, operation)), args, kwargs
         eager = eager_function(self._interception.owner)
         if eager is not function:
-            args = (*args[:_MASK], eager_mask(*args[: _MASK + 1], kwargs), *args[_MASK + 1 :])
+            attention, query, key, value, *rest = args
+            mask = rest[0] if rest else kwargs.get("attention_mask")
+            mask = eager_mask(attention, query, key, mask, kwargs)
+            kwargs = {name: option for name, option in kwargs.items() if name != "attention_mask"}
+            args = (attention, query, key, value, mask, *rest[1:])
         if self._eager is None:
             self._eager = Interception(None)
             self._eager.only = frozenset({_DROPOUT})
