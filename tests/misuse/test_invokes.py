@@ -17,7 +17,9 @@ MEET = r"which {came} of {count} blocks reached\. Call it in each block that is 
 
 
 def test_two_blocks_that_wait_for_each_others_names(model, x, refused):
-    with refused(WaitError, r"invoke at line \d+.*reads the name 'second', which only a later block binds.*Put that block first"):
+    with refused(
+        WaitError, r"invoke at line \d+.*reads the name 'second', which only a later block binds.*Put that block first"
+    ):
         with model.trace() as tracer:
             with tracer.invoke(x):
                 model.first.output
@@ -68,7 +70,9 @@ def test_a_name_waited_for_inside_backward(model, x, refused):
 
 
 def test_a_value_that_came_too_late_for_the_place_it_was_for(model, x, refused):
-    with refused(OutOfOrderError, r"model\.first\.output.*It had passed while the invoke at line \d+.* waited for 'late'"):
+    with refused(
+        OutOfOrderError, r"model\.first\.output.*It had passed while the invoke at line \d+.* waited for 'late'"
+    ):
         with model.trace() as tracer:
             with tracer.invoke(x):
                 late = model.last.output
@@ -293,7 +297,10 @@ def test_blocks_not_entered_by_a_statement(model, x, refused):
 
 def test_blocks_without_source(model, x, refused):
     with refused(CaptureError, "source of this with-block is not available.*Put the code into a file"):
-        exec("with model.trace() as tracer:\n    with tracer.invoke(x):\n        model.first.output", {"model": model, "x": x})
+        exec(
+            "with model.trace() as tracer:\n    with tracer.invoke(x):\n        model.first.output",
+            {"model": model, "x": x},
+        )
 
 
 # --- errors in blocks ----------------------------------------------------------------------------------------

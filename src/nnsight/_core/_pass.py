@@ -281,9 +281,9 @@ class Pass:
                 self._learned()
             self.touch(RESULT, result)
             del result
-        except GreenletExit:
-            pass
         except BaseException as error:
+            if self.closing and isinstance(error, GreenletExit):
+                return
             self.error = error
             if self._coroutine is not None:
                 self._coroutine.reusable = False
@@ -315,7 +315,9 @@ class Pass:
 
     def watch(self, module: Module) -> None:
         """Make a module's calls visible; modules with children are so from the start."""
-        if module in self._counted or (self._all_counted and not self._is_shown(module)):
+        if module in self._counted:
+            return
+        if self._all_counted and "forward" in vars(module) and not self._is_shown(module):
             return
         self._counted.add(module)
         instruments = self._instruments

@@ -157,7 +157,9 @@ class Envoy(Values):
             setattr(self._walk(owner)._module, own_name, value)
         elif isinstance(value, Module) or hasattr(self._module, name):
             setattr(self._module, name, value)
-        elif self._tree.find_worker() is not None and type(self).__module__.startswith(__name__.partition(".")[0] + "."):
+        elif self._tree.find_worker() is not None and type(self).__module__.startswith(
+            __name__.partition(".")[0] + "."
+        ):
             raise unknown(self, name, (*self._aliases(), *_public_names(type(self))))
         else:
             object.__setattr__(self, name, value)
