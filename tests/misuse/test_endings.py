@@ -124,7 +124,8 @@ def test_a_thread_that_takes_the_context_with_it(model, net, x, refused, started
         if started:
             model.first.output
         with refused(NotTracingError, OTHER_THREAD):
-            in_thread(lambda context=contextvars.copy_context(): context.run(lambda: model.last.output))
+            context = contextvars.copy_context()
+            in_thread(lambda: context.run(lambda: model.last.output))
         output = model.last.output
     assert torch.equal(output, net(x))
 

@@ -39,7 +39,7 @@ def test_a_frozen_model(model, net, x, refused):
 def test_the_wrong_order(model, net, x, refused):
     with refused(
         GradientError,
-        r"backward had passed it.*asked for at line \d+ of test_gradients.py.*reverse order of the forward",
+        r"asked for at line \d+ of test_gradients.py.*reverse order of the forward",
     ):
         with model.trace(x):
             first, middle = model.first.output, model.middle.output
@@ -59,9 +59,7 @@ def test_what_the_loss_was_not_computed_from(model, x, refused, make):
 
 
 def test_what_requires_no_gradient(model, x, refused):
-    with refused(
-        GradientError, "does not require grad: it was computed from frozen values.*Read it in the order of the forward"
-    ):
+    with refused(GradientError, "it was computed from frozen values.*Read it in the order of the forward"):
         with model.trace(x):
             mine = model.first.output.detach()
             with model.output.sum().backward():

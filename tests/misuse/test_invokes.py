@@ -18,21 +18,21 @@ MEET = r"which {came} of {count} blocks reached\. Call it in each block that is 
 
 def test_two_blocks_that_wait_for_each_others_names(model, x, refused):
     with refused(
-        WaitError, r"invoke at line \d+.*reads the name 'second', which only a later block binds.*Put that block first"
+        WaitError, r"line \d+.* reads the name 'second', which only a later block binds.*Put that block first"
     ):
         with model.trace() as tracer:
             with tracer.invoke(x):
                 model.first.output
-                first = second  # noqa: F821, F841
+                first = second  # noqa: F821
             with tracer.invoke(x):
-                second = first  # noqa: F841
+                second = first
 
 
 def test_a_name_that_only_a_later_block_binds(model, x, refused):
     with refused(WaitError, r"'later', which only a later block binds, the invoke at line \d+ of test_invokes.py"):
         with model.trace() as tracer:
             with tracer.invoke(x):
-                model.last.output = later
+                model.last.output = later  # noqa: F821
             with tracer.invoke(x):
                 later = model.last.output
 
@@ -64,7 +64,7 @@ def test_a_name_waited_for_inside_backward(model, x, refused):
             with tracer.invoke(x):
                 hidden = model.first.output
                 with model.output.sum().backward(retain_graph=True):
-                    hidden.grad, other
+                    hidden.grad, other  # noqa: F821
             with tracer.invoke(x):
                 other = model.last.output
 

@@ -146,7 +146,7 @@ def test_what_the_next_module_cannot_take_is_its_own_error(model, x, value):
 def test_rows_of_another_shape(model, x, refused):
     with refused(
         EditError,
-        r"model\.first\.output was assigned a tensor of shape \[3, 9\]; the rows of this invoke have \[2, 4\]",
+        r"assigned a tensor of shape \[3, 9\]; the rows of this invoke have \[2, 4\]",
     ):
         with model.trace() as tracer:
             with tracer.invoke(x):
