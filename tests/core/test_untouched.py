@@ -624,7 +624,6 @@ class TestUnusualModules:
         assert vars(net[1])["forward"] is own
         assert not net(x).any()
 
-
     @pytest.mark.parametrize("duplicate", [copy.deepcopy, lambda net: pickle.loads(pickle.dumps(net))])
     def test_a_copy_made_in_the_body_is_a_model_of_its_own(self, x, duplicate):
         net = Net()

@@ -53,7 +53,14 @@ def x() -> torch.Tensor:
 def language_module() -> nn.Module:
     torch.manual_seed(0)
     config = transformers.GPT2Config(
-        vocab_size=19, n_positions=32, n_embd=8, n_layer=2, n_head=2, bos_token_id=None, eos_token_id=None, pad_token_id=0
+        vocab_size=19,
+        n_positions=32,
+        n_embd=8,
+        n_layer=2,
+        n_head=2,
+        bos_token_id=None,
+        eos_token_id=None,
+        pad_token_id=0,
     )
     return transformers.GPT2LMHeadModel(config).eval()
 
@@ -91,7 +98,6 @@ def _unharmed(net: nn.Module, language_module: nn.Module, x: torch.Tensor) -> It
     before = [state(module) for module in modules]
     threads = {*threading.enumerate()}
     yield
-    assert active.get() is None
     assert torch.is_grad_enabled()
     assert not torch.is_inference_mode_enabled()
     assert not {thread for thread in threading.enumerate() if "nnsight" in thread.name} - threads
@@ -103,4 +109,5 @@ def _unharmed(net: nn.Module, language_module: nn.Module, x: torch.Tensor) -> It
     assert torch.equal(output, net(x))
     with LanguageModel(language_module).generate(IDS, max_new_tokens=2) as tracer:
         result = tracer.result
+    assert active.get() is None
     assert torch.equal(result, language_module.generate(torch.tensor(IDS), max_new_tokens=2, pad_token_id=0))

@@ -17,20 +17,22 @@ MEET = r"which {came} of {count} blocks reached\. Call it in each block that is 
 
 
 def test_two_blocks_that_wait_for_each_others_names(model, x, refused):
-    with refused(WaitError, r"invoke at line \d+.*reads the name 'second', which only a later block binds.*Put that block first"):
+    with refused(
+        WaitError, r"line \d+.* reads the name 'second', which only a later block binds.*Put that block first"
+    ):
         with model.trace() as tracer:
             with tracer.invoke(x):
                 model.first.output
-                first = second  # noqa: F821, F841
+                first = second  # noqa: F821
             with tracer.invoke(x):
-                second = first  # noqa: F841
+                second = first
 
 
 def test_a_name_that_only_a_later_block_binds(model, x, refused):
     with refused(WaitError, r"'later', which only a later block binds, the invoke at line \d+ of test_invokes.py"):
         with model.trace() as tracer:
             with tracer.invoke(x):
-                model.last.output = later
+                model.last.output = later  # noqa: F821
             with tracer.invoke(x):
                 later = model.last.output
 
@@ -62,13 +64,15 @@ def test_a_name_waited_for_inside_backward(model, x, refused):
             with tracer.invoke(x):
                 hidden = model.first.output
                 with model.output.sum().backward(retain_graph=True):
-                    hidden.grad, other
+                    hidden.grad, other  # noqa: F821
             with tracer.invoke(x):
                 other = model.last.output
 
 
 def test_a_value_that_came_too_late_for_the_place_it_was_for(model, x, refused):
-    with refused(OutOfOrderError, r"model\.first\.output.*It had passed while the invoke at line \d+.* waited for 'late'"):
+    with refused(
+        OutOfOrderError, r"model\.first\.output.*It had passed while the invoke at line \d+.* waited for 'late'"
+    ):
         with model.trace() as tracer:
             with tracer.invoke(x):
                 late = model.last.output
@@ -293,7 +297,10 @@ def test_blocks_not_entered_by_a_statement(model, x, refused):
 
 def test_blocks_without_source(model, x, refused):
     with refused(CaptureError, "source of this with-block is not available.*Put the code into a file"):
-        exec("with model.trace() as tracer:\n    with tracer.invoke(x):\n        model.first.output", {"model": model, "x": x})
+        exec(
+            "with model.trace() as tracer:\n    with tracer.invoke(x):\n        model.first.output",
+            {"model": model, "x": x},
+        )
 
 
 # --- errors in blocks ----------------------------------------------------------------------------------------

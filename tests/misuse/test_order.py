@@ -65,7 +65,9 @@ def test_a_module_that_never_runs(model, x, refused, ask, warm):
     if warm:
         with model.trace(x):
             pass
-    with refused(NeverRanError, r"model\.unused\.\w+ was asked for at line \d+.*the model never calls it.*Print the model"):
+    with refused(
+        NeverRanError, r"model\.unused\.\w+ was asked for at line \d+.*the model never calls it.*Print the model"
+    ):
         with model.trace(x):
             ask(model.unused, x)
 
@@ -94,7 +96,9 @@ def test_a_skip_after_the_call(model, x, refused):
 
 
 def test_a_value_inside_a_skipped_module(model, x, refused):
-    with refused(NeverRanError, r"inside a module that is skipped.*assign to the outer module's \.output in place of \.skip"):
+    with refused(
+        NeverRanError, r"inside a module that is skipped.*assign to the outer module's \.output in place of \.skip"
+    ):
         with model.trace(x):
             model.middle.skip(x)
             model.middle[0].output
@@ -118,9 +122,13 @@ def test_a_skip_of_other_rows_in_a_batch(model, x, refused):
 # --- what is assigned --------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("given", [torch.ones(3), 3, ((),), (torch.ones(3), torch.ones(3)), ((torch.ones(2),), 3)], ids=repr)
+@pytest.mark.parametrize(
+    "given", [torch.ones(3), 3, ((),), (torch.ones(3), torch.ones(3)), ((torch.ones(2),), 3)], ids=repr
+)
 def test_inputs_that_are_not_a_pair(model, x, refused, given):
-    with refused(EditError, r"model\.first\.inputs is \(args, kwargs\).*The first argument alone is model\.first\.input"):
+    with refused(
+        EditError, r"model\.first\.inputs is \(args, kwargs\).*The first argument alone is model\.first\.input"
+    ):
         with model.trace(x):
             model.first.inputs = given
 
@@ -136,7 +144,10 @@ def test_what_the_next_module_cannot_take_is_its_own_error(model, x, value):
 
 
 def test_rows_of_another_shape(model, x, refused):
-    with refused(EditError, r"model\.first\.output was assigned a tensor of shape \[3, 9\]; the rows of this invoke have \[2, 4\]"):
+    with refused(
+        EditError,
+        r"assigned a tensor of shape \[3, 9\]; the rows of this invoke have \[2, 4\]",
+    ):
         with model.trace() as tracer:
             with tracer.invoke(x):
                 model.first.output = torch.ones(3, 9)

@@ -86,7 +86,7 @@ def _with_self(forward: Forward) -> Forward:
     with contextlib.suppress(ValueError, TypeError):  # of a function in C
         own = inspect.signature(forward)
         first = inspect.Parameter("self", inspect.Parameter.POSITIONAL_ONLY)
-        unbound.__signature__ = own.replace(parameters=[first, *own.parameters.values()])  # pyright: ignore[reportFunctionMemberAccess]
+        unbound.__signature__ = own.replace(parameters=[first, *own.parameters.values()])  # pyright: ignore[reportAttributeAccessIssue]
     return unbound
 
 

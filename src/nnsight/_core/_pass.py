@@ -255,9 +255,9 @@ class Pass:
                 self._learned()
             self.touch(RESULT, result)
             del result
-        except GreenletExit:
-            pass
         except BaseException as error:
+            if self.closing and isinstance(error, GreenletExit):
+                return
             self.error = error
             if self._coroutine is not None:
                 self._coroutine.reusable = False
@@ -290,7 +290,9 @@ class Pass:
 
     def watch(self, module: Module) -> None:
         """Make a module's calls visible; modules with children are so from the start."""
-        if module in self._counted or (self.all_counted and not self._is_shown(module)):
+        if module in self._counted:
+            return
+        if self.all_counted and "forward" in vars(module) and not self._is_shown(module):
             return
         self._counted.add(module)
         instruments = self._instruments
@@ -316,8 +318,10 @@ class Pass:
         here = self.here
         if place._forward_hooks or _global_forward_hooks or (here is not None and here.skipped is not None):
             return False
-        if place._modules or place in self._counted or self.all_counted:
-            return not isinstance(place, Place)
+        if isinstance(place, Place):
+            return False
+        if place._modules or place in self._counted or (self.all_counted and "forward" in vars(place)):
+            return True
         parents, counts = self._instruments.parents(), self.counts
         parent = parents.get(place)
         if parent in counts:

@@ -143,7 +143,10 @@ class Worker:
         if code.co_flags & _CAN_SUSPEND or code.co_filename == _CONTEXTLIB or code.co_name in _ENTERING:
             frame = _frame_of_body(frame)
         self.frame = frame
-        self.outer = outer = active.get()
+        outer = active.get()
+        while outer is not None and outer.finished:  # one that ended in another thread
+            outer = outer.outer
+        self.outer = outer
         if outer is not None:
             self.instruments = outer.instruments = None
         active.set(self)

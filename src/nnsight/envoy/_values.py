@@ -112,8 +112,8 @@ class Values:
             NotTracingError: Outside a trace.
             InputError: `count` is less than one.
         """
-        if count < 1:
-            raise InputError(f"{self._path}.next({count}): calls are counted forwards, by at least one.")
+        if not isinstance(count, int) or count < 1:
+            raise InputError(f"{self._path}.next({count!r}): calls are counted forwards, by at least one.")
         worker = self._tree.worker(self._path, "next()")
         calls = worker.calls = worker.calls or {}
         calls[self._place] = calls.get(self._place, 0) + count

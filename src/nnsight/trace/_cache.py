@@ -95,7 +95,9 @@ class CacheEntry:
         calls = self.calls
         if not calls:
             if self._path not in self._cache._sites:
-                reason = "it is not one of the modules that the cache was made for"
+                reason = (
+                    "it is not one of the modules that the cache was made for. Name it in tracer.cache(modules=[...])"
+                )
             else:
                 reason = "it did not run after tracer.cache(), which belongs before what the model is to run"
             raise NeverRanError(f"The cache has no values of {self._path}: {reason}.")
