@@ -6,6 +6,7 @@ from ._patches import unmount as unmount
 from .config import CONFIG as CONFIG
 from .envoy import Envoy as Envoy
 from .envoy import View as View
+from .modeling import DiffusionModel as DiffusionModel
 from .modeling import LanguageModel as LanguageModel
 from .modeling import NNsight as NNsight
 from .modeling import TransformersModel as TransformersModel

@@ -10,6 +10,7 @@ from ._aliases import check_gradient as check_gradient
 from ._aliases import own_part as own_part
 from ._aliases import show_as as show_as
 from ._aliases import source_of_gradient as source_of_gradient
+from ._coroutine import OTHER_THREAD as OTHER_THREAD
 from ._coroutine import current_pass as current_pass
 from ._coroutine import uncounted as uncounted
 from ._fakes import Fakes as Fakes
@@ -27,7 +28,6 @@ from ._modes import capture_modes as capture_modes
 from ._modes import plain_modes as plain_modes
 from ._modes import switch_modes as switch_modes
 from ._order import path_of as path_of
-from ._pass import OTHER_THREAD as OTHER_THREAD
 from ._pass import Override as Override
 from ._pass import Pass as Pass
 from ._preserve import Attributes as Attributes

@@ -146,3 +146,8 @@ def uncounted() -> Iterator[None]:
         yield
     finally:
         current.serves = serves  # type: ignore[attr-defined]
+
+
+OTHER_THREAD = """\
+A value was asked for in another thread than the one that opened the trace, and a model cannot go on in two of them. \
+Read values in the thread of the `with` block and hand the values to others, or open a trace of its own in each thread."""

@@ -46,7 +46,7 @@ class Probe:
 
     `make(rows)` gives a forward on the rows with these numbers, 0 to 3 of four different inputs.  Where something is
     attached to rows, `units` tells how much of it each of them has, and `~2` is row 2 without it; `optional` says that the
-    rows may not do without.  `groups` is how often the whole batch may stand one after the other along a dimension.
+    rows may not do without.  `groups()` is how often the whole batch may stand one after the other along a dimension.
     """
 
     def __init__(
@@ -55,7 +55,7 @@ class Probe:
         units: Mapping[str, int] | None = None,
         *,
         optional: bool = False,
-        groups: int = 1,
+        groups: Callable[[], int] | None = None,
     ) -> None:
         self.make = make
         self.units = units or {}
@@ -196,7 +196,7 @@ class _Trial:
     def __init__(self, probe: Probe, selection: Selection) -> None:
         self._selection = selection
         self._units = tuple(probe.units.items())
-        self._groups = probe.groups
+        self._groups = probe.groups or _one
         self._shapes: dict[Leaf, Shape] = {}
         self._found: dict[Leaf, Follows] = {}
         self._shared: dict[Leaf, torch.Tensor] = {}
@@ -210,7 +210,7 @@ class _Trial:
             self._picked.add(leaf)
 
     def look_at_five(self, leaf: Leaf, tensor: torch.Tensor) -> None:
-        follows = self._found[leaf] = _follows(self._shapes.get(leaf), tensor, self._groups)
+        follows = self._found[leaf] = _follows(self._shapes.get(leaf), tensor, self._groups())
         if follows == SHARED:
             self._shared[leaf] = tensor.detach().clone()
 
@@ -315,6 +315,10 @@ def _kin(place: Any, paths: dict[Module, str]) -> Any:
     if not isinstance(place, Module):
         return place
     return re.sub(r"\b\d+\b", "*", paths.get(place, "")), type(place)
+
+
+def _one() -> int:
+    return 1
 
 
 def _nothing() -> None:

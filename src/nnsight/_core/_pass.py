@@ -11,7 +11,7 @@ from torch.nn import Module
 from torch.nn.modules.module import _global_forward_hooks
 
 from ..errors import NotTracingError
-from ._coroutine import Coroutine, borrow, give_back
+from ._coroutine import OTHER_THREAD, Coroutine, borrow, give_back
 from ._instrument import REPLACEMENT_CODE
 from ._modes import Modes, capture_modes, end_loan, is_inference, lend_inference, switch_modes
 from ._sight import Sight
@@ -49,7 +49,7 @@ class Pass:
         self.attended: set[Any] = {stepper}  # modules whose calls may concern somebody
         self.done = self.closing = self.learning = False
         self.error: BaseException | None = None
-        self.step = -1
+        self.step, self.last_step = -1, sys.maxsize
         self.counts: dict[Any, int] = {}
         self.running: list[Any] = []
         self.final: dict[Any, Any] = {}
@@ -236,15 +236,20 @@ class Pass:
     def _begin_step(self) -> None:
         self.step += 1
         if self.step:
-            if self.learning:
-                self._learned()
             stepper = self._stepper
+            if self.learning and stepper.__class__ is not Place:  # else a step is but a part of what there is
+                self._learned()
             self._step_counts = dict(self.counts)
             self._step_counts[stepper] -= 1
             if self.wanted_inputs or self.wanted_outputs:
                 self._missed()
         if STEP in self.wanted_outputs:
             self.touch(STEP, self.step)
+
+    def end_steps(self) -> None:
+        """No other step comes, though the model goes on."""
+        self.last_step = self.step
+        self._missed()
 
     def _main(self) -> None:
         try:
@@ -421,7 +426,7 @@ class Pass:
         count = self.counts.get(place, 0) if request.kind == INPUT else self.ended(place)
         if request.step is None:
             return count > request.call
-        if request.step < self.step:
+        if request.step < self.step or request.step > self.last_step:
             return True
         return request.step == self.step and count - self._step_counts.get(place, 0) > request.call
 
@@ -447,8 +452,3 @@ _MAIN = Pass._main.__code__
 
 def _nothing(*_: Any) -> None:
     return None
-
-
-OTHER_THREAD = """\
-A value was asked for in another thread than the one that opened the trace, and a model cannot go on in two of them. \
-Read values in the thread of the `with` block and hand the values to others, or open a trace of its own in each thread."""

@@ -30,6 +30,7 @@ class Tree:
     def __init__(self, root: Module) -> None:
         self.root = root
         self.instruments = Instruments.of(root)
+        self.stepper: Any = None  # the place whose calls begin the steps, the root's where there is none
         self.present: Present = present_plainly
         self.plain_tensors = True
         self.accept: Callable[[Module, Any, Any], Any] | None = None

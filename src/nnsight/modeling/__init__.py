@@ -1,6 +1,7 @@
 """Models: how each kind is loaded, fed and shown."""
 
 from ._base import NNsight as NNsight
+from ._diffusion import DiffusionModel as DiffusionModel
 from ._elsewhere import Elsewhere as Elsewhere
 from ._elsewhere import set_opener as set_opener
 from ._language import LanguageModel as LanguageModel

@@ -54,7 +54,7 @@ class Source:
         try:
             return AutoConfig.from_pretrained(self.location, **options)
         except (OSError, ValueError) as error:
-            raise LoadError(_NOT_FOUND.format(name=self.name, reason=_first_line(error))) from error
+            raise LoadError(_NOT_FOUND.format(name=self.name, reason=first_line(error))) from error
 
     def load_processor(self, kind: str) -> Any:
         """The model's own tokenizer ("AutoTokenizer") or processor ("AutoProcessor")."""
@@ -65,7 +65,7 @@ class Source:
             return getattr(transformers, kind).from_pretrained(self.location, **options)
         except (OSError, ValueError, KeyError, ImportError) as error:
             what = kind.removeprefix("Auto").lower()
-            raise LoadError(_NO_PROCESSOR.format(what=what, name=self.name, reason=_first_line(error))) from error
+            raise LoadError(_NO_PROCESSOR.format(what=what, name=self.name, reason=first_line(error))) from error
 
     def build_empty(self) -> Module:
         """The model's modules on the meta device: shapes, no weights."""
@@ -80,7 +80,7 @@ class Source:
             with _quiet_progress(self.location != self.name):
                 return self._class.from_pretrained(self.location, config=self.config, **self._options).eval()
         except OSError as error:
-            raise LoadError(_NOT_FOUND.format(name=self.name, reason=_first_line(error))) from error
+            raise LoadError(_NOT_FOUND.format(name=self.name, reason=first_line(error))) from error
 
 
 def choose_class(config: Any, kinds: Sequence[str]) -> Any:
@@ -115,7 +115,8 @@ def _quiet_progress(quiet: bool) -> Iterator[None]:
         logging.enable_progress_bar()
 
 
-def _first_line(error: BaseException) -> str:
+def first_line(error: BaseException) -> str:
+    """The first line of an error's message."""
     return str(error).strip().partition("\n")[0]
 
 

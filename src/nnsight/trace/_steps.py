@@ -142,7 +142,7 @@ def reach_step(run: Run, worker: Worker, step: int) -> bool:
     main = run.start()
     if main.step >= step:
         return main.step == step or _raise_passed(step, main.step)
-    if main.done:
+    if main.done or step > main.last_step:
         return False
     if step == 0:  # what runs before it, an encoder for one, belongs to the first step
         run.lone = False

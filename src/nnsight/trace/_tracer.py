@@ -86,7 +86,7 @@ class Tracer:
         tree = self._tree
         if tree.due is not None and self._computes:
             tree.due()
-        run = self._run = Run(tree.instruments, tree.root, self._make_call, strict=self._strict)
+        run = self._run = Run(tree.instruments, tree.stepper or tree.root, self._make_call, strict=self._strict)
         for edit in self._edits:
             edit.add_to(run)
         worker = self._worker = Worker(run, "the body of the trace")
