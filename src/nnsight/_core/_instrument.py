@@ -237,6 +237,13 @@ class Instruments:
             self._eager.update(modules)
             self._containers = []
 
+    def watch_odd(self, counts: dict[Any, int]) -> None:
+        """Instrument from the start the leaves that are called otherwise than their parents, as `counts` tells."""
+        leaves = [module for module in self.modules() if not module._modules and counts.get(module)]
+        odd = [leaf for leaf in leaves if counts[leaf] != counts.get(self.parent(leaf), 0)]
+        if odd:
+            self.watch_always(odd)
+
     def parent(self, module: Module) -> Module | None:
         """The nearest module above `module` whose forward is called, None for the root."""
         return self.parents().get(module)

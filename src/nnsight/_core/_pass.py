@@ -436,14 +436,7 @@ class Pass:
         self._instruments.keep_profile(counts)
         if self.step > 0:
             counts[self._stepper] -= 1  # the step that begins now
-        parent = self._instruments.parent
-        odd = [
-            module
-            for module in self._instruments.modules()
-            if not module._modules and counts.get(module) and counts[module] != counts.get(parent(module), 0)
-        ]
-        if odd:
-            self._instruments.watch_always(odd)
+        self._instruments.watch_odd(counts)
 
 
 _CALLS = {Pass.call.__code__: "place", REPLACEMENT_CODE: "module"}  # what their variable for the place is called
