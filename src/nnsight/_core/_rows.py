@@ -6,6 +6,7 @@ the batch may belong to something else, and a router's `[batch * seq, d]` has no
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
 
@@ -15,6 +16,7 @@ from ..errors import EditError, RowsError
 from ._aliases import rows_of
 from ._joins import Joins, Piece
 from ._leaves import map_leaves
+from ._tuples import rebuild
 
 
 class Part(NamedTuple):
@@ -123,6 +125,24 @@ def _pick(tensor: torch.Tensor, dim: int, pieces: list[tuple[int, int]]) -> torc
     if size == 1:
         return tensor[(*[slice(None)] * dim, slice(start, None, following - start))]
     return torch.cat([tensor.narrow(dim, *piece) for piece in pieces], dim)
+
+
+def cut_lists(value: Any, rows: Rows) -> Any:
+    """The part of `rows` in lists and arrays that are no tensors (images, texts) of what a whole call takes or returns."""
+    if isinstance(value, dict):
+        cut = copy.copy(value)
+        for name, item in value.items():
+            cut[name] = cut_lists(item, rows)
+        return cut
+    if isinstance(value, tuple):
+        return rebuild(type(value), [cut_lists(item, rows) for item in value])
+    if isinstance(value, torch.Tensor) or not (isinstance(value, list) or hasattr(value, "__array_interface__")):
+        return value
+    length = len(value) if isinstance(value, list) else value.shape[0] if getattr(value, "ndim", 0) else 0
+    if not length or length % rows.total:
+        return value
+    each = length // rows.total
+    return value[rows.start * each : (rows.start + rows.size) * each]
 
 
 def fit(whole: torch.Tensor, part: torch.Tensor, follows: Follows, rows: Rows, path: str) -> torch.Tensor:

@@ -23,7 +23,7 @@ from ._order import explain_late
 from ._pass import Override, Pass
 from ._record import Recording, Recordings
 from ._replay import Replay
-from ._rows import BATCH_FIRST, Layout, Rows, take
+from ._rows import BATCH_FIRST, Layout, Rows, cut_lists, take
 from ._scoped import Scoped, join_parts, leave_parts, settle_parts
 from ._tensors import map_tensors
 from ._tuples import as_native
@@ -214,6 +214,8 @@ class Run:
         value = visit.value if visit.kind == kind else visit.inputs
         if worker.rows is not None:
             value = self._scoped(visit, kind, value, worker.rows).give(worker, path)
+            if self.call is not None and visit.place in self.call.batch_first:
+                value = cut_lists(value, worker.rows)
         if self.main is None or (visit is not self.main.here and visit.place not in self.main.final):
             value = map_tensors(torch.Tensor.detach, value)
             self.edits.note_late_read(f"{path}.{kind}", value)
