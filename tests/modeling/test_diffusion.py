@@ -93,7 +93,11 @@ def plain(model: DiffusionModel, prompt: Any, seed: int, **options: Any) -> torc
 class TestOnePrompt:
     @pytest.mark.parametrize(
         "scheduler",
-        [None, diffusers.PNDMScheduler(skip_prk_steps=True, steps_offset=1), diffusers.DPMSolverMultistepScheduler(steps_offset=1)],
+        [
+            None,
+            diffusers.PNDMScheduler(skip_prk_steps=True, steps_offset=1),
+            diffusers.DPMSolverMultistepScheduler(steps_offset=1),
+        ],
         ids=["ddim", "pndm", "dpm"],
     )
     def test_a_seed_gives_the_plain_pipelines_image(self, scheduler: Any) -> None:
