@@ -9,6 +9,15 @@ from .plain_heads import DROPOUTS, EAGER_ONLY, attention_of, eager, recorded
 TRANSPOSED = ("t5-decoder", "t5_gated-decoder", "bart-decoder", "whisper-decoder")
 SEEN_ELSEWHERE = {"falcon", "falcon_grouped", "falcon_alibi"}  # their attention is in their own forward
 PATTERNS = [case for case in WITH_HEADS if case.name not in SEEN_ELSEWHERE]
+implementations = pytest.mark.parametrize(
+    ("case", "implementation"),
+    [
+        pytest.param(case, implementation, id=f"{case.name}-{implementation}")
+        for case in PATTERNS
+        for implementation in ("eager", "sdpa")
+        if implementation == "eager" or case.family not in EAGER_ONLY
+    ],
+)
 # Scaled by the model before the attention function is called, which it tells not to.
 SCALED = {"opt", "opt_post", "whisper-encoder", "whisper-decoder"}
 
@@ -38,11 +47,8 @@ def test_results_add_up_to_the_output(case: Case) -> None:
             assert close(result[:, :, head], out(alone.flatten(-2)) - out(none))
 
 
-@pytest.mark.parametrize("implementation", ["sdpa", "eager"])
-@pytest.mark.parametrize("case", PATTERNS, ids=lambda case: case.name)
+@implementations
 def test_patterns_are_those_of_the_eager_model(case: Case, implementation: str) -> None:
-    if implementation == "sdpa" and case.family in EAGER_ONLY:
-        pytest.skip("computed eagerly only")
     plain = eager(case)
     given, found = inputs(case), {}
     with recorded(plain) as expected:

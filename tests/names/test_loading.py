@@ -16,6 +16,8 @@ def test_before_and_after_the_weights_are_loaded() -> None:
     blocks, norm = model.layers, model.final_norm
     attention = model.layers[3].attn
     assert not model.dispatched
+    with pytest.raises(NamesError, match="not loaded yet"):
+        model.names.check()
     with model.scan("The Eiffel Tower is in"):
         shape = model.heads[2].result.shape
     assert not model.dispatched

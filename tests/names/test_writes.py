@@ -5,8 +5,8 @@ import torch
 from zoo import plain
 
 from .cases import CASES, WITH_HEADS, Case, at, build, close, first, hook, inputs, wrap
-from .plain_heads import DROPOUTS, EAGER_ONLY, attention_of, eager, recorded
-from .test_heads import PATTERNS
+from .plain_heads import DROPOUTS, attention_of, eager, recorded
+from .test_heads import PATTERNS, implementations
 
 LAYER = 1
 
@@ -149,11 +149,8 @@ def uniform(weights):
     return weights
 
 
-@pytest.mark.parametrize("implementation", ["sdpa", "eager"])
-@pytest.mark.parametrize("case", PATTERNS, ids=lambda case: case.name)
+@implementations
 def test_patterns(case: Case, implementation: str) -> None:
-    if implementation == "sdpa" and case.family in EAGER_ONLY:
-        pytest.skip("computed eagerly only")
     plain_net, given = eager(case), inputs(case)
     with torch.no_grad(), recorded(plain_net, {(attention_of(case, plain_net, LAYER), "pattern"): uniform}):
         expected = first(plain_net(**given))

@@ -47,7 +47,6 @@ def check_stack(names: Vocabulary, stack: Stack, fakes: Fakes | None, inputs: di
     for _ in everything:
         try:
             with trial(names.tree.instruments, given, fakes) as worker:
-                names.checking = worker.run
                 _Check(stack, worker, failures, fakes is None).all()
             return failures
         except _Unreadable as found:
@@ -57,8 +56,6 @@ def check_stack(names: Vocabulary, stack: Stack, fakes: Fakes | None, inputs: di
         except Exception as error:
             reason = f"the trial forward failed with {type(error).__name__}: {error}"
             return dict.fromkeys(everything, reason)
-        finally:
-            names.checking = None
     return failures
 
 

@@ -6,6 +6,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import replace
 from typing import Any
 
+from ..errors import NamesError
 from ._encoders import ENCODERS
 from ._family import Attention, Family
 
@@ -264,10 +265,11 @@ JAMBA = replace(
 
 def with_language_model(config: Any) -> Family:
     """The row of a model of images and text: that of its language model."""
-    found = TABLE.get(config.text_config.model_type)
+    kind = config.text_config.model_type
+    found = TABLE.get(kind)
     row = found(config.text_config) if callable(found) else found
     if not isinstance(row, Family):
-        row = LLAMA
+        raise NamesError(f"The vocabulary does not know the language model of this {config.model_type}, a {kind}.")
     return replace(row, base="language_model", config="text_config")
 
 

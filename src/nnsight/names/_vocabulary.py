@@ -36,7 +36,6 @@ class Vocabulary:
         self._top: weakref.ref[Envoy] | None = None
         self._checked: dict[str, object] = {}  # stack -> the structure of the model when its numbers were checked
         self._scanned: dict[str, object] = {}  # the same for shapes
-        self.checking: Run | None = None
         self.trial_inputs: dict[str, Any] | None = None
         self._promised: dict[str, str] = {}  # stack -> a name by which a module was given away unchecked
         self._read()
@@ -148,8 +147,6 @@ class Vocabulary:
             if worker is None:
                 raise NotTracingError(_NOT_TRACING.format(name=f"{stack.prefix}{access.name}"))
         run = worker.run
-        if run is self.checking:
-            return worker
         if run.main is None:
             run.start()
         self.ensure(stack, access.name, run)
@@ -161,7 +158,7 @@ class Vocabulary:
         if worker is None:
             self._promised[stack.name] = name
             self.tree.due = self.keep_promises
-        elif worker.run is not self.checking:
+        else:
             self.ensure(stack, name, worker.run)
 
     def keep_promises(self) -> None:
@@ -177,6 +174,8 @@ class Vocabulary:
         Raises:
             NamesError: Some do not hold; the message has them all.
         """
+        if any(parameter.is_meta for parameter in self.model.parameters()) and not hasattr(self.model, "_hf_hook"):
+            raise NamesError(f"The weights of {self.kind} are not loaded yet, so its names cannot be checked.")
         self.trial_inputs = inputs or None
         for stack in self.stacks.values():
             self._check(stack, None)
