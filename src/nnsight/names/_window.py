@@ -76,7 +76,7 @@ class Window:
         return self._touch(current, (operation, "output"), (result,))[0]
 
     def _touch(self, current: Pass, key: tuple[str, str], items: tuple[Any, ...]) -> tuple[Any, ...]:
-        at = 0
+        at = 0 if key in self._shown else len(items)
         while at < len(items):  # a block that is served at one item may ask for the next
             showing = self._shown.get(key, {}).get(at)
             if showing is not None:
