@@ -76,7 +76,7 @@ def assert_same(family: Family, leaves: dict[str, torch.Tensor], event: Event) -
         assert leaves.get(at, torch.zeros(0)).dim() in (2, 4) or "position" in at, (event.path, at)
     for at in leaves.keys() & event.leaves.keys():
         ours, theirs = leaves[at], event.leaves[at]
-        assert close(own_part(ours, theirs, left=family.kind == "decoder"), theirs), f"{event.path}.{event.kind}{at}"
+        assert close(own_part(ours, theirs, left=family.pads_left), theirs), f"{event.path}.{event.kind}{at}"
     return bool(leaves)
 
 
@@ -146,7 +146,7 @@ def test_gradients_stay_in_their_rows(family: Family) -> None:
             net(**single)
         (expected,) = torch.autograd.grad(own_loss(family, kept["head"], single), kept["hidden"])
         assert bool(expected.any())
-        assert close(own_part(gradients[i], expected, left=family.kind == "decoder"), expected)
+        assert close(own_part(gradients[i], expected, left=family.pads_left), expected)
 
 
 def first_tensor(value: Any) -> torch.Tensor:
@@ -155,9 +155,9 @@ def first_tensor(value: Any) -> torch.Tensor:
 
 def own_loss(family: Family, head: torch.Tensor, single: dict[str, torch.Tensor]) -> torch.Tensor:
     """A number made of the own part of an output."""
-    if family.kind in ("decoder", "encoder"):
+    if family.kind in ("decoder", "encoder", "vision-language"):
         length = single["input_ids"].shape[1]
-        head = head[:, -length:] if family.kind == "decoder" else head[:, :length]
+        head = head[:, -length:] if family.pads_left else head[:, :length]
     return (head * torch.linspace(-1, 1, head.shape[-1])).sum()
 
 

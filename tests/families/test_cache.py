@@ -56,5 +56,5 @@ def test_of_an_invoke(family: Family) -> None:
                     assert family.may_refuse(f"{path.removeprefix('model.')}.output")
                     continue
                 for at, leaf in shown(single.output, object).items():
-                    part = own_part(leaves[at], leaf, left=family.kind == "decoder")
+                    part = own_part(leaves[at], leaf, left=family.pads_left)
                     assert close(part, leaf), f"{path}{at}"

@@ -27,7 +27,8 @@ class Family:
         routers: Paths of the routers and of the experts of a mixture, in one layer.
         head: Path of the module that gives logits.
         decoder: Path of the list of blocks that run at every step of a generation, where it is another than `blocks`.
-        kind: "decoder", "encoder" or "encoder-decoder" take token ids; "tensors" anything else.
+        kind: "decoder", "encoder" or "encoder-decoder" take token ids, "vision-language" these and images, "tensors"
+            anything else.
         example: Keyword inputs of the forward for so many rows; None means token ids.
         refuses: Patterns of the places whose rows cannot be told apart in a batch, which are refused by name.
         differs: Patterns of the places whose shapes in a scan are other than in a run.
@@ -51,7 +52,11 @@ class Family:
 
     @property
     def takes_text(self) -> bool:
-        return self.kind != "tensors"
+        return self.kind in ("decoder", "encoder", "encoder-decoder")
+
+    @property
+    def pads_left(self) -> bool:
+        return self.kind in ("decoder", "vision-language")
 
     @property
     def generates(self) -> bool:

@@ -104,6 +104,11 @@ def words(rows: int, length: int = 7) -> torch.Tensor:
     return torch.randint(3, IMAGE_TOKEN - 1, (rows, length))
 
 
+def some() -> int:
+    """A number of tokens that differs from input to input."""
+    return int(torch.randint(3, 12, ()))
+
+
 def clip() -> torch.nn.Module:
     text = {**{n: v for n, v in BERT.items() if n != "max_position_embeddings"}, "max_position_embeddings": 16}
     return tf.CLIPModel(tf.CLIPConfig(text_config=text, vision_config=dict(VISION), projection_dim=16))
@@ -144,7 +149,7 @@ def llava() -> torch.nn.Module:
 
 
 def llava_inputs(rows: int) -> Inputs:
-    ids = torch.cat([words(rows, 2), torch.full((rows, 16), IMAGE_TOKEN), words(rows, 4)], 1)
+    ids = torch.cat([words(rows, 2), torch.full((rows, 16), IMAGE_TOKEN), words(rows, some())], 1)
     return {"input_ids": ids, "attention_mask": torch.ones_like(ids), "pixel_values": pixels(rows)}
 
 
@@ -164,7 +169,7 @@ def qwen2_vl() -> torch.nn.Module:
 
 
 def qwen2_vl_inputs(rows: int) -> Inputs:
-    ids = torch.cat([words(rows, 2), torch.full((rows, 4), IMAGE_TOKEN), words(rows, 3)], 1)
+    ids = torch.cat([words(rows, 2), torch.full((rows, 4), IMAGE_TOKEN), words(rows, some())], 1)
     return {
         "input_ids": ids,
         "attention_mask": torch.ones_like(ids),
@@ -174,11 +179,9 @@ def qwen2_vl_inputs(rows: int) -> Inputs:
     }
 
 
-def tensors(
-    name: str, make: Any, example: Any, blocks: str, attention: str, head: str, refuses: Any = (), **reasons: str
-) -> Family:
+def tensors(name: str, make: Any, example: Any, blocks: str, attention: str, head: str, **reasons: str) -> Family:
     family = Family(name, make, blocks, f"{blocks}.1.{attention}", head=head, kind="tensors", example=example)
-    return replace(family, refuses=refuses, reasons=reasons)
+    return replace(family, reasons=reasons)
 
 
 MULTIMODAL = [
@@ -198,9 +201,13 @@ MULTIMODAL = [
         tensors("whisper", whisper, whisper_inputs, "model.encoder.layers", "self_attn", "proj_out"),
         decoder="model.decoder.layers",
     ),
-    tensors("llava", llava, llava_inputs, "model.language_model.layers", "self_attn", "lm_head"),
-    tensors(
-        *("qwen2_vl", qwen2_vl, qwen2_vl_inputs, "model.language_model.layers", "self_attn", "lm_head"),
+    replace(
+        tensors("llava", llava, llava_inputs, "model.language_model.layers", "self_attn", "lm_head"),
+        kind="vision-language",
+    ),
+    replace(
+        tensors("qwen2_vl", qwen2_vl, qwen2_vl_inputs, "model.language_model.layers", "self_attn", "lm_head"),
+        kind="vision-language",
         # Where each image begins among all patches, and tables that images of one size have alike.
         refuses=("model.visual.blocks.*.input", "model.visual.rotary_pos_emb.*"),
     ),

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch.nn import Module
 
-from nnsight import LanguageModel, NNsight, TransformersModel
+from nnsight import LanguageModel, NNsight, TransformersModel, VisionLanguageModel
 
 from ._family import Family, Inputs
 from .plain import Event, Leaves, copies_of
@@ -16,8 +16,11 @@ from .plain import Event, Leaves, copies_of
 Given = tuple[tuple[Any, ...], dict[str, Any]]
 
 
+CLASSES = {"decoder": LanguageModel, "vision-language": VisionLanguageModel}
+
+
 def wrap(family: Family, module: Module) -> NNsight:
-    return LanguageModel(module) if family.takes_text else TransformersModel(module)
+    return CLASSES.get(family.kind, TransformersModel)(module)
 
 
 def given(family: Family, inputs: Inputs) -> Given:
