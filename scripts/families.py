@@ -21,8 +21,7 @@ TABLE = ROOT / "docs" / "families.md"
 VOCABULARY = ROOT / "tests" / "names"
 sys.path.insert(0, str(ROOT / "tests" / "families"))
 
-from zoo import FAMILIES  # noqa: E402
-from zoo.capability import CAPABILITIES  # noqa: E402
+from zoo.capability import CAPABILITIES, ROWS  # noqa: E402
 
 PASSED, FAILED, NOTHING = "✓", "✗", "—"
 
@@ -46,7 +45,7 @@ class Recorder:
             name = getattr(item, "callspec", None) and item.callspec.id.split("-")[0]  # pyright: ignore[reportAttributeAccessIssue]
             if marker is not None:
                 self._cells[item.nodeid] = (self._family_of(item), marker.args[0])
-            elif VOCABULARY in item.path.parents and name in FAMILIES:
+            elif VOCABULARY in item.path.parents and name in ROWS:
                 self._cells[item.nodeid] = (name, "vocabulary")
 
     def _family_of(self, item: Any) -> str:
@@ -77,13 +76,13 @@ def _describe(refused: Iterable[str]) -> str:
 
 def cells(recorder: Recorder) -> dict[str, dict[str, Cell]]:
     """By family and capability."""
-    return {name: {capability: _cell(recorder, name, capability) for capability in CAPABILITIES} for name in FAMILIES}
+    return {name: {capability: _cell(recorder, name, capability) for capability in CAPABILITIES} for name in ROWS}
 
 
 def _cell(recorder: Recorder, family: str, capability: str) -> Cell:
     outcomes = recorder.outcomes.get((family, capability))
     if outcomes is None:
-        reason = FAMILIES[family].reasons.get(capability)
+        reason = ROWS[family].reasons.get(capability)
         return Cell(FAILED, "no test ran") if reason is None else Cell(NOTHING, reason)
     if not all(outcomes):
         return Cell(FAILED, f"{outcomes.count(False)} of {len(outcomes)} tests failed")
@@ -98,8 +97,7 @@ def render(table: dict[str, dict[str, Cell]]) -> str:
     lines += [f"- **{_title(name)}**: {meaning}." for name, meaning in CAPABILITIES.items()]
     lines += ["", _row(["family", "model", *map(_title, CAPABILITIES)]), _row(["---"] * (2 + len(CAPABILITIES)))]
     for family, row in table.items():
-        with torch.device("meta"):
-            kind = type(FAMILIES[family].make()).__name__
+        kind = type(ROWS[family].make()).__name__
         lines.append(_row([f"`{family}`", f"`{kind}`", *(_show(cell, notes) for cell in row.values())]))
     lines += ["", *(f"<sup>{number}</sup> {note}" + "  " for note, number in notes.items())]
     return "\n".join(lines).rstrip() + "\n"

@@ -48,7 +48,7 @@ class Fakes:
 
     def call(self, function: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
         """Call `function`, with every operation in it computing shapes only."""
-        args, kwargs = map_tensors(self._of_input, args), map_tensors(self._of_input, kwargs)
+        args, kwargs = map_tensors(self.of, args), map_tensors(self.of, kwargs)
         with _OnFakes(self, everywhere=True):
             return function(*args, **kwargs)
 
@@ -60,14 +60,12 @@ class Fakes:
         """The fake tensor for a real one, the same each time."""
         if isinstance(tensor, FakeTensor):
             return tensor
-        if tensor.is_leaf:
-            return self._mode.from_tensor(tensor)
-        return self._mode.from_tensor(tensor.detach()).requires_grad_(tensor.requires_grad)
-
-    def _of_input(self, tensor: torch.Tensor) -> torch.Tensor:
-        # Token ids, masks and sizes of images keep their numbers: what is computed of them alone may decide on shapes.
-        fake = self.of(tensor)
-        if isinstance(fake, FakeTensor) and self._mode.may_turn_const(tensor):
+        if not tensor.is_leaf:
+            return self._mode.from_tensor(tensor.detach()).requires_grad_(tensor.requires_grad)
+        known = self._mode.fake_tensor_converter._get_memo(tensor)
+        fake = self._mode.from_tensor(tensor)
+        if known is None and self._mode.may_turn_const(tensor):
+            # Token ids, masks and sizes of images keep their numbers: what is made of them alone may decide on shapes.
             self._note_numbers(fake, tensor.detach().clone())
         return fake
 
@@ -77,20 +75,22 @@ class Fakes:
             return function(self._numbers(function, args[0]))
         if function in _MAKES_OF_NUMBERS and args and isinstance(args[0], (list, tuple)):
             args = (map_tensors(lambda tensor: self._numbers(function, tensor).tolist(), args[0]), *args[1:])
+        taken, named = self._take(args), {name: self._take(value) for name, value in kwargs.items()}
         try:
             with self._mode:
-                made = function(*self._take(args), **{name: self._take(value) for name, value in kwargs.items()})
+                made = function(*taken, **named)
         except _UNKNOWN_VALUES as error:
             raise self._error(getattr(error, "func", function)) from error
         if function in _FACTORIES and isinstance(made, FakeTensor) and not made.is_floating_point():
             with torch._C.DisableTorchFunction():
-                self._note_numbers(made, function(*args, **{**kwargs, "device": made.device}))
+                numbers = function(*args, **kwargs)
+            if self._mode.may_turn_const(numbers):
+                self._note_numbers(made, numbers)
         return made
 
     def _note_numbers(self, fake: FakeTensor, numbers: torch.Tensor) -> None:
-        if self._mode.may_turn_const(numbers):
-            fake.constant = numbers
-            self._mode.fake_tensor_converter.add_constant_storage_mapping(fake)
+        fake.constant = numbers
+        self._mode.fake_tensor_converter.add_constant_storage_mapping(fake)
 
     def _numbers(self, function: Callable[..., Any], tensor: torch.Tensor) -> torch.Tensor:
         known = getattr(self.of(tensor), "constant", None)

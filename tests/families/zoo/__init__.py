@@ -10,5 +10,6 @@ from ._family import inputs as inputs
 from ._family import prompts as prompts
 from ._mixtures import MIXTURES, STATE_SPACE
 from ._others import MULTIMODAL, TEXT
+from ._pipelines import PIPELINES as PIPELINES
 
 FAMILIES = {family.name: family for family in [*DECODERS, *MIXTURES, *STATE_SPACE, *TEXT, *MULTIMODAL]}

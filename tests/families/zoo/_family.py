@@ -27,8 +27,8 @@ class Family:
         routers: Paths of the routers and of the experts of a mixture, in one layer.
         head: Path of the module that gives logits.
         decoder: Path of the list of blocks that run at every step of a generation, where it is another than `blocks`.
-        kind: "decoder", "encoder" or "encoder-decoder" take token ids, "vision-language" these and images, "tensors"
-            anything else.
+        kind: "decoder", "encoder" or "encoder-decoder" take token ids, "vision-language" these and images, "pipeline" a
+            prompt, "tensors" anything else.
         example: Keyword inputs of the forward for so many rows; None means token ids.
         refuses: Patterns of the places whose rows cannot be told apart in a batch, which are refused by name.
         differs: Patterns of the places whose shapes in a scan are other than in a run.
@@ -37,7 +37,7 @@ class Family:
     """
 
     name: str
-    make: Callable[[], Module]
+    make: Callable[[], Any]
     blocks: str
     attention: str
     routers: tuple[str, ...] = ()
@@ -76,7 +76,11 @@ class Family:
 def build(family: Family) -> Module:
     """The model of a family, the same each time, in eval mode, with no parameter at zero or one."""
     torch.manual_seed(0)
-    model = family.make().eval()
+    return enliven(family.make().eval())
+
+
+def enliven(model: Module) -> Module:
+    """`model` with noise on every parameter, and on buffers that are zero."""
     generator = torch.Generator().manual_seed(1)
     with torch.no_grad():
         for parameter in model.parameters():
@@ -88,7 +92,10 @@ def build(family: Family) -> Module:
 
 
 def _noise(tensor: torch.Tensor, generator: torch.Generator) -> torch.Tensor:
-    scale = 1 / math.sqrt(max(tensor.shape[-2:])) if tensor.dim() > 1 else 0.2
+    if tensor.dim() < 2:
+        scale = 0.2
+    else:  # the last of two dimensions is what is summed over, or the first; all but the first in a convolution
+        scale = 1 / math.sqrt(max(tensor.shape[-2:]) if tensor.dim() < 4 else tensor.numel() / tensor.shape[0])
     return torch.randn(tensor.shape, generator=generator) * scale
 
 

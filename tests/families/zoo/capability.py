@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import pytest
 
-from . import FAMILIES, Family
+from . import FAMILIES, PIPELINES, Family
+
+ROWS = {**FAMILIES, **PIPELINES}
 
 CAPABILITIES = {
     "trace": "without edits the output is the plain model's, bit for bit, and every module's input and output are what "
@@ -25,10 +27,12 @@ CAPABILITIES = {
 }
 
 
-def shows(capability: str, only: Callable[[Family], bool] = lambda _: True) -> Callable[[Any], Any]:
+def shows(
+    capability: str, only: Callable[[Family], bool] = lambda _: True, of: Mapping[str, Family] = FAMILIES
+) -> Callable[[Any], Any]:
     """Run a test for each family that has the capability, and mark it as what shows it."""
     assert capability in CAPABILITIES
-    families = [family for family in FAMILIES.values() if capability not in family.reasons and only(family)]
+    families = [family for family in of.values() if capability not in family.reasons and only(family)]
 
     def decorate(test: Any) -> Any:
         each = pytest.mark.parametrize("family", families, ids=lambda family: family.name)
