@@ -47,6 +47,7 @@ HOMES = {
     "greenlet": ("_core",),
     "transformers": ("modeling",),
     "accelerate": ("modeling",),
+    "peft": ("modeling",),
     "tokenizers": ("modeling",),
     "huggingface_hub": ("modeling", "experiments"),
     "PIL": ("modeling",),
@@ -66,7 +67,7 @@ HOMES = {
 }
 # What may be imported inside a function: a heavy or optional library, and our own folders that need one.
 DEFERRED = {
-    *("transformers", "accelerate", "diffusers", "vllm", "PIL", "pandas", "matplotlib", "uvicorn", "ray"),
+    *("transformers", "accelerate", "peft", "diffusers", "vllm", "PIL", "pandas", "matplotlib", "uvicorn", "ray"),
     *("huggingface_hub", "torch.nn.attention.flex_attention"),  # the latter brings the compiler with it
     *("nnsight.plots", "nnsight.server", "nnsight.modeling.vllm"),
     "torch.nn.attention.flex_attention",  # it loads the compiler

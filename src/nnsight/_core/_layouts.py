@@ -179,6 +179,8 @@ class Layouts:
         for place in places:
             trial.wanted_inputs[place] = trial.wanted_outputs[place] = 1
         with preserved_attributes(root), preserved_buffers(root), preserved_random_state():
+            for module in root.modules():
+                vars(module)["training"] = False  # dropout would make equal rows different
             trial.advance()
         error, trial.error = trial.error, None
         trial.close()

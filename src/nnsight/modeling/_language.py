@@ -35,7 +35,8 @@ class LanguageModel(TransformersModel):
         envoys: Classes of your own to stand for modules, as for `NNsight`.
         auto_class: The class of transformers to load it with, for other models that take text: encoder-decoders
             (`"AutoModelForSeq2SeqLM"`), masked ones (`"AutoModelForMaskedLM"`).
-        **options: Passed to `from_pretrained`: `device_map`, `dtype`, `attn_implementation`, `revision`, ….
+        **options: Passed to `from_pretrained`: `device_map`, `dtype`, `attn_implementation`, `revision`, …; `peft`, an
+            adapter's folder or name on the hub, gives the model its layers.
 
     Raises:
         LoadError: The model cannot be found or loaded.

@@ -11,6 +11,7 @@ import torch
 from torch.nn import Module
 
 from ..errors import LoadError
+from ._adapters import add_empty, base_of, load
 
 _BUNDLED = Path(__file__).parent.parent / "_bundled"
 _CONFIG_OPTIONS = ("revision", "trust_remote_code", "token", "cache_dir", "local_files_only", "subfolder")
@@ -41,6 +42,10 @@ class Source:
         self.location = resolve(name)
         self.options = dict(options)
         self._options = options
+        self._adapter: str | None = options.pop("peft", None)
+        base = base_of(self.location)
+        if base is not None:
+            self._adapter, self.location = self.location, resolve(base)
         self.revision: str | None = options.get("revision")
         self.config = self._load_config(options.pop("config", None))
         self._class = choose_class(self.config, kinds)
@@ -72,13 +77,19 @@ class Source:
         allowed = {name: self._options[name] for name in _SHAPE_OPTIONS if self._options.get(name, "auto") != "auto"}
         build = getattr(self._class, "from_config", None) or self._class._from_config
         with torch.device("meta"):
-            return build(self.config, **allowed).eval()
+            model = build(self.config, **allowed)
+            if self._adapter is not None:
+                add_empty(model, self._adapter)
+            return model.eval()
 
     def load(self) -> Module:
         """The model with its weights."""
         try:
             with _quiet_progress(self.location != self.name):
-                return self._class.from_pretrained(self.location, config=self.config, **self._options).eval()
+                model = self._class.from_pretrained(self.location, config=self.config, **self._options)
+                if self._adapter is not None:
+                    load(model, self._adapter)
+                return model.eval()
         except OSError as error:
             raise LoadError(_NOT_FOUND.format(name=self.name, reason=first_line(error))) from error
 

@@ -11,6 +11,7 @@ from typing import Any
 import torch
 from torch.nn import Module
 
+from ._adapters import unwrapped
 from ._encodings import Encoded, Padding, positions
 from ._probe import Sampler, Special
 
@@ -30,7 +31,7 @@ class Needs:
 
     def takes(self, name: str) -> bool:
         """Whether the forward has an argument of this name."""
-        return name in _arguments(type(self._module))
+        return name in _arguments(type(unwrapped(self._module)))
 
     @property
     def pads_left(self) -> bool:
@@ -52,7 +53,7 @@ class Needs:
         refusal = None
         if getattr(self._config, "feat_extract_norm", None) == "group":
             refusal = _GROUP_NORM
-        elif not self.takes("attention_mask") and not _takes_anything(type(self._module)):
+        elif not self.takes("attention_mask") and not _takes_anything(type(unwrapped(self._module))):
             refusal = _NO_MASK.format(kind=type(self._module).__name__)
         return Padding(self.pad_id, self.pads_left, refusal)
 
@@ -106,10 +107,11 @@ class Needs:
 
     def device(self) -> torch.device | None:
         """Where inputs belong; of a model that is spread over devices or kept on disk, where its first part computes."""
-        hook = getattr(self._module, "_hf_hook", None)
-        found = getattr(hook, "execution_device", None)
-        if found is not None:
-            return torch.device(found)
+        if hasattr(self._module, "hf_device_map"):
+            for module in self._module.modules():
+                found = getattr(getattr(module, "_hf_hook", None), "execution_device", None)
+                if found is not None:
+                    return torch.device(found)
         tensor = next(chain(self._module.parameters(), self._module.buffers()), None)
         return None if tensor is None or tensor.is_meta else tensor.device  # a scan needs the inputs' whole numbers
 

@@ -13,6 +13,7 @@ from .._core import RESULT, Call, Override, Probe
 from ..envoy import Envoy
 from ..errors import NoInputError
 from ..trace import Given, Prepared, Tracer
+from ._adapters import set_merged
 from ._base import NO_INPUT, NNsight
 from ._elsewhere import open_elsewhere
 from ._encodings import MASKS, Encoded, join
@@ -20,6 +21,7 @@ from ._experts import gathered_experts
 from ._generation import GENERATED, TOKEN, Generator, generate
 from ._loading import Source
 from ._needs import Needs
+from ._offload import without_offload
 from ._pattern import PatternOnDemand
 from ._present import Presenter, accept, stand_in
 from ._probe import choose_rows, select_rows, two_steps
@@ -91,7 +93,8 @@ class TransformersModel(NNsight):
         dispatch: Load the weights now.
         rename: Other names for modules, as for `NNsight`.
         envoys: Classes of your own to stand for modules, as for `NNsight`.
-        **options: Passed to `from_pretrained`: `device_map`, `dtype`, `attn_implementation`, `revision`, ….
+        **options: Passed to `from_pretrained`: `device_map`, `dtype`, `attn_implementation`, `revision`, …; `peft`, an
+            adapter's folder or name on the hub, gives the model its layers.
 
     Raises:
         LoadError: The model cannot be found or loaded, or is not of this task.
@@ -155,6 +158,31 @@ class TransformersModel(NNsight):
             self._tree.rebind(self._module)
             self._tree.present = Presenter(self._module)
             self.dispatched = True
+        return self
+
+    def merge_adapter(self: Kind) -> Kind:
+        """Add the weights of the adapters (PEFT) to the layers that they adapt; their own layers do not run any more.
+
+        Example:
+            >>> import peft, transformers
+            >>> from nnsight import LanguageModel
+            >>> net = transformers.GPT2LMHeadModel(transformers.GPT2Config(n_layer=1, n_embd=8, n_head=2))
+            >>> lora = peft.LoraConfig(r=2, target_modules=["c_attn"], fan_in_fan_out=True)
+            >>> model = LanguageModel(peft.get_peft_model(net.eval(), lora))
+            >>> before = model.trace([1, 2, 3], trace=False).logits
+            >>> after = model.merge_adapter().trace([1, 2, 3], trace=False).logits
+            >>> bool((before - after).abs().max() < 1e-5)
+            True
+
+        Raises:
+            InputError: The model has no adapter.
+        """
+        set_merged(self.dispatch()._module, True)
+        return self
+
+    def unmerge_adapter(self: Kind) -> Kind:
+        """Undo `merge_adapter`."""
+        set_merged(self.dispatch()._module, False)
         return self
 
     def trace(self, *inputs: Any, trace: bool = True, strict_order: bool = False, **kwargs: Any) -> Any:
@@ -245,7 +273,7 @@ class TransformersModel(NNsight):
         return Generator(self._tree)
 
     def _scan_overrides(self) -> dict[Module, Override]:
-        return gathered_experts(self._module)
+        return {**without_offload(self._module), **gathered_experts(self._module)}
 
     # --- inputs ----------------------------------------------------------------------------------------------
 

@@ -50,7 +50,8 @@ class VisionLanguageModel(TransformersModel):
         rename: Other names for modules, as for `NNsight`.
         envoys: Classes of your own to stand for modules, as for `NNsight`.
         auto_class: The class of transformers to load it with.
-        **options: Passed to `from_pretrained`: `device_map`, `dtype`, `attn_implementation`, `revision`, ….
+        **options: Passed to `from_pretrained`: `device_map`, `dtype`, `attn_implementation`, `revision`, …; `peft`, an
+            adapter's folder or name on the hub, gives the model its layers.
 
     Raises:
         LoadError: The model cannot be found or loaded.
