@@ -46,14 +46,14 @@ def worker_of(run: Run) -> Worker | None:
 
 def _nearest(candidates: list[Worker]) -> Worker | None:
     # Generators share the context of their caller: whose `with` block is on the stack tells them apart.
-    stack: list[FrameType] = []
+    depths: dict[FrameType | None, int] = {}
     frame: FrameType | None = sys._getframe(2)
     while frame is not None:
-        stack.append(frame)
+        depths[frame] = len(depths)
         frame = frame.f_back
     for worker in candidates:
-        if worker.frame in stack:
-            return min((w for w in candidates if w.frame in stack), key=lambda w: stack.index(w.frame))  # pyright: ignore[reportArgumentType]
+        if worker.frame in depths:
+            return min((w for w in candidates if w.frame in depths), key=lambda w: depths[w.frame])
         if worker.frame is None or not worker.frame.f_code.co_flags & _CAN_SUSPEND:
             return worker  # entered by a call, not by a `with` statement
     return candidates[0] if candidates else None

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import sys
+from types import FrameType
 from typing import Any, TypeVar
 
 import torch
@@ -13,6 +14,12 @@ from ..errors import InputError
 from ._tree import Tree, as_inputs, first_input, with_first_input
 
 Kind = TypeVar("Kind", bound="Values")
+
+
+def _writer() -> FrameType:
+    """The frame of the line that assigns: an envoy's own `__setattr__` may stand between."""
+    frame = sys._getframe(2)
+    return frame.f_back or frame if frame.f_code.co_name == "__setattr__" else frame
 
 
 class Values:
@@ -51,7 +58,7 @@ class Values:
 
     @output.setter
     def output(self, value: Any) -> None:
-        self._tree.write(self._place, self._path, OUTPUT, value, sys._getframe(1))
+        self._tree.write(self._place, self._path, OUTPUT, value, _writer())
 
     @property
     def inputs(self) -> tuple[tuple[Any, ...], dict[str, Any]]:
@@ -64,7 +71,7 @@ class Values:
 
     @inputs.setter
     def inputs(self, value: tuple[tuple[Any, ...], dict[str, Any]]) -> None:
-        self._tree.write(self._place, self._path, INPUT, as_inputs(value, self._path), sys._getframe(1))
+        self._tree.write(self._place, self._path, INPUT, as_inputs(value, self._path), _writer())
 
     @property
     def input(self) -> Any:
