@@ -8,11 +8,18 @@ import inspect
 import linecache
 import pkgutil
 import re
+from collections.abc import Iterable
 from pathlib import Path
 
 import pytest
 
 import nnsight
+from nnsight.envoy._source import Operation, Source
+from nnsight.trace._barrier import Barrier
+from nnsight.trace._cache import Cache, CacheEntry
+from nnsight.trace._recording import CachedCall
+from nnsight.trace._session import Session
+from nnsight.trace._steps import Steps
 
 ROOT = Path(__file__).resolve().parents[1]
 BLOCK = re.compile(r"^(?P<mark><!-- not run[^\n]*-->\n)?```python\n(?P<code>.*?)^```", re.MULTILINE | re.DOTALL)
@@ -25,6 +32,25 @@ documents = sorted(str(path.relative_to(ROOT)) for path in (ROOT / "README.md", 
 public = sorted(
     name for name in dir(nnsight) if not name.startswith("_") and not inspect.ismodule(getattr(nnsight, name))
 )
+
+
+# What methods and properties of the public classes give.
+HANDED_OUT = (Barrier, Cache, CacheEntry, CachedCall, Operation, Session, Source, Steps)
+
+
+def members_of(classes: Iterable[type]) -> dict[str, object]:
+    """The public methods and properties of the classes and of their bases here, by the class that defines them."""
+    found = {}
+    for cls in classes:
+        for base in cls.__mro__:
+            if base.__module__.partition(".")[0] == "nnsight":
+                for name, value in vars(base).items():
+                    if not name.startswith("_") and (isinstance(value, property) or callable(getattr(base, name))):
+                        found[f"{base.__name__}.{name}"] = getattr(base, name)
+    return found
+
+
+MEMBERS = members_of([*(found for name in public if inspect.isclass(found := getattr(nnsight, name))), *HANDED_OUT])
 
 
 def run_source(code: str, filename: str, namespace: dict[str, object]) -> None:
@@ -55,6 +81,32 @@ def test_documents(path: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -
 
 @pytest.mark.parametrize("name", sorted(set(public) - NOT_SHOWN))
 def test_public_names_have_a_runnable_example(name: str) -> None:
-    found = getattr(nnsight, name)
+    assert has_example(getattr(nnsight, name)), f"{name} has no example that runs"
+
+
+@pytest.mark.parametrize("kind", HANDED_OUT, ids=lambda kind: kind.__name__)
+def test_what_public_names_give_has_a_runnable_example(kind: type) -> None:
+    assert has_example(kind), f"{kind.__name__} has no example that runs"
+
+
+@pytest.mark.parametrize("name", MEMBERS)
+def test_public_methods_and_properties_have_a_runnable_example(name: str) -> None:
+    assert has_example(MEMBERS[name]), f"{name} has no example that runs"
+
+
+def has_example(found: object) -> bool:
     examples = doctest.DocTestParser().get_examples(inspect.getdoc(found) or "")
-    assert any(not example.options.get(doctest.SKIP) for example in examples), f"{name} has no example that runs"
+    return any(not example.options.get(doctest.SKIP) for example in examples)
+
+
+def test_members_are_found() -> None:
+    """Those of a class's own bases too, not those of torch, and each where it is defined."""
+    assert {
+        "Envoy.device",
+        "Values.output",
+        "NNsight.trace",
+        "LanguageModel.generator",
+        "Tracer.iter",
+    } <= MEMBERS.keys()
+    assert not any(name.partition(".")[2].startswith("_") for name in MEMBERS)
+    assert not any("Module." in name or "object." in name for name in MEMBERS)

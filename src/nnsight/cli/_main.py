@@ -24,9 +24,12 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Run a command, and return its exit code.
 
     Example:
+        >>> import contextlib, io
         >>> from nnsight.cli import main
-        >>> main(["demo", "--out", "figures"])      # doctest: +SKIP
-        0
+        >>> with contextlib.redirect_stdout(io.StringIO()) as report:
+        ...     code = main(["demo", "--out", "figures"])
+        >>> code, "figures" in report.getvalue()
+        (0, True)
 
     Args:
         argv: The arguments after the command's name; by default the process's own.

@@ -48,7 +48,15 @@ class Envoy(Values):
 
     @property
     def device(self) -> torch.device | None:
-        """The device of the module's first parameter or buffer, None where it has neither."""
+        """The device of the module's first parameter or buffer, None where it has neither.
+
+        Example:
+            >>> import torch
+            >>> from nnsight import NNsight
+            >>> model = NNsight(torch.nn.Sequential(torch.nn.Linear(3, 4), torch.nn.Tanh()))
+            >>> model[0].device
+            device(type='cpu')
+        """
         tensor = next(chain(self._module.parameters(), self._module.buffers()), None)
         return None if tensor is None else tensor.device
 
@@ -81,17 +89,41 @@ class Envoy(Values):
         return envoy
 
     def named_modules(self) -> Iterator[tuple[str, Envoy]]:
-        """Pairs of relative path and envoy, this one first under the empty path."""
+        """Pairs of relative path and envoy, this one first under the empty path.
+
+        Example:
+            >>> import torch
+            >>> from nnsight import NNsight
+            >>> model = NNsight(torch.nn.Sequential(torch.nn.Linear(3, 4), torch.nn.Tanh()))
+            >>> [name for name, envoy in model.named_modules()]
+            ['', '0', '1']
+        """
         for name, _ in self._module.named_modules():
             yield name, self._walk(name)
 
     def modules(self) -> Iterator[Envoy]:
-        """This envoy and those of all modules inside."""
+        """This envoy and those of all modules inside.
+
+        Example:
+            >>> import torch
+            >>> from nnsight import NNsight
+            >>> model = NNsight(torch.nn.Sequential(torch.nn.Linear(3, 4), torch.nn.Tanh()))
+            >>> [envoy.path for envoy in model.modules()]
+            ['model', 'model.0', 'model.1']
+        """
         for _, envoy in self.named_modules():
             yield envoy
 
     def children(self) -> Iterator[Envoy]:
-        """The envoys of the direct submodules."""
+        """The envoys of the direct submodules.
+
+        Example:
+            >>> import torch
+            >>> from nnsight import NNsight
+            >>> model = NNsight(torch.nn.Sequential(torch.nn.Linear(3, 4), torch.nn.Tanh()))
+            >>> [envoy.path for envoy in model.children()]
+            ['model.0', 'model.1']
+        """
         for name in self._names():
             yield self[name]
 
@@ -275,7 +307,15 @@ class Envoy(Values):
         return self._module(*(as_native(arg) for arg in args), **{k: as_native(v) for k, v in kwargs.items()})
 
     def to(self, *args: Any, **kwargs: Any) -> Envoy:
-        """Move or cast the module's parameters, as `torch.nn.Module.to`; returns this envoy."""
+        """Move or cast the module's parameters, as `torch.nn.Module.to`; returns this envoy.
+
+        Example:
+            >>> import torch
+            >>> from nnsight import NNsight
+            >>> model = NNsight(torch.nn.Sequential(torch.nn.Linear(3, 4), torch.nn.Tanh()))
+            >>> model.to(torch.float64)[0].weight.dtype
+            torch.float64
+        """
         self._module.to(*args, **kwargs)
         return self
 

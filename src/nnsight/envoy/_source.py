@@ -76,6 +76,17 @@ class Operation(Values):
     """One call in the forward of a module, or in a function called there.
 
     Printing it shows the lines around it.
+
+    Example:
+        >>> import torch
+        >>> from nnsight import NNsight
+        >>> model = NNsight(torch.nn.Sequential(torch.nn.Linear(3, 2)))
+        >>> operation = model[0].source.F_linear_0
+        >>> with model.trace(torch.ones(1, 3)):
+        ...     operation.output = operation.output * 2
+        ...     output = model.output.save()
+        >>> torch.equal(output, 2 * model(torch.ones(1, 3)))
+        True
     """
 
     def __init__(self, source: Source, name: str) -> None:

@@ -62,7 +62,19 @@ class Values:
 
     @property
     def inputs(self) -> tuple[tuple[Any, ...], dict[str, Any]]:
-        """What it is called with: `(args, kwargs)`; waits until it is called."""
+        """What it is called with: `(args, kwargs)`; waits until it is called.
+
+        Example:
+            >>> import torch
+            >>> from nnsight import NNsight
+            >>> model = NNsight(torch.nn.Sequential(torch.nn.Linear(3, 4)))
+            >>> with model.trace(torch.ones(1, 3)):
+            ...     args, kwargs = model[0].inputs
+            ...     model[0].inputs = (args[0] * 2,), kwargs
+
+        Raises:
+            EditError: Something else than a pair of this form is assigned.
+        """
         tree, place = self._tree, self._place
         worker = tree.worker(self._path, INPUT)
         if tree.before_request is not None:
@@ -75,7 +87,15 @@ class Values:
 
     @property
     def input(self) -> Any:
-        """The first argument it is called with; waits until it is called."""
+        """The first argument it is called with; waits until it is called.
+
+        Example:
+            >>> import torch
+            >>> from nnsight import NNsight
+            >>> model = NNsight(torch.nn.Sequential(torch.nn.Linear(3, 4)))
+            >>> with model.trace(torch.ones(1, 3)):
+            ...     model[0].input = model[0].input * 2
+        """
         return first_input(self.inputs, self._path)
 
     @input.setter
@@ -89,7 +109,13 @@ class Values:
 
     @property
     def path(self) -> str:
-        """Where it is in the model: `model.transformer.h.3`."""
+        """Where it is in the model.
+
+        Example:
+            >>> from nnsight import LanguageModel
+            >>> LanguageModel("nnsight/landmarks").transformer.h[3].path
+            'model.transformer.h.3'
+        """
         return self._path
 
     def next(self: Kind, count: int = 1) -> Kind:

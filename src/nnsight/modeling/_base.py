@@ -281,7 +281,20 @@ class NNsight(Named):
         return Applied(self, edits_of(self, cast("Intervention", intervention)), self._edits)
 
     def clear_edits(self) -> None:
-        """Drop every stored edit of this model; other models that share its weights keep theirs."""
+        """Drop every stored edit of this model; other models that share its weights keep theirs.
+
+        Example:
+            >>> import torch
+            >>> from nnsight import NNsight
+            >>> model = NNsight(torch.nn.Sequential(torch.nn.Linear(3, 3)))
+            >>> with model.edit(inplace=True):
+            ...     model[0].output[:] = 0
+            >>> model.clear_edits()
+            >>> with model.trace(torch.ones(1, 3)):
+            ...     output = model.output.save()
+            >>> bool(output.any())
+            True
+        """
         self._edits.clear()
 
     def _copy(self) -> NNsight:

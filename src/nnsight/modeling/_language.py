@@ -67,7 +67,14 @@ class LanguageModel(TransformersModel):
 
     @property
     def tokenizer(self) -> Any:
-        """The model's tokenizer; loaded when first asked for."""
+        """The model's tokenizer; loaded when first asked for.
+
+        Example:
+            >>> from nnsight import LanguageModel
+            >>> model = LanguageModel("nnsight/landmarks")
+            >>> model.tokenizer.decode(model.tokenizer("Hello").input_ids)
+            'Hello'
+        """
         return self.processor
 
     @tokenizer.setter

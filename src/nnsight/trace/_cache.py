@@ -61,6 +61,15 @@ class CacheEntry:
     a generation calls it once) they are lists with one item a call.  `entry[i]` is the call number `i`, with
     its own `.output`, `.inputs`, `.input` and `.step`.  Where the module's children are numbered (a `ModuleList`,
     a `Sequential`), `entry[i]` is the child, as on the model, and `entry.calls[i]` the call.
+
+    Example:
+        >>> from nnsight import LanguageModel
+        >>> model = LanguageModel("nnsight/landmarks")
+        >>> with model.generate("The Eiffel Tower is in", max_new_tokens=3) as tracer:
+        ...     cache = tracer.cache(modules=[model.lm_head])
+        >>> entry = cache["lm_head"]
+        >>> len(entry), entry[2].step, len(entry.output)
+        (3, 2, 3)
     """
 
     def __init__(self, cache: Cache, path: str) -> None:
@@ -69,23 +78,64 @@ class CacheEntry:
 
     @property
     def calls(self) -> Sequence[CachedCall]:
-        """The calls of the module, in order."""
+        """The calls of the module, in order.
+
+        Example:
+            >>> import torch
+            >>> from nnsight import NNsight
+            >>> model = NNsight(torch.nn.Sequential(torch.nn.Linear(5, 10)))
+            >>> with model.trace(torch.ones(1, 5)) as tracer:
+            ...     cache = tracer.cache(include_inputs=True)
+            >>> cache["0"].calls
+            [model.0, step 0: inputs (([1, 5] float32,), {}), output [1, 10] float32]
+        """
         site = self._cache._sites.get(self._path)
         return () if site is None else site.calls
 
     @property
     def output(self) -> Any:
-        """What the module returned, after all edits; a list with an item a call where there were several."""
+        """What the module returned, after all edits; a list with an item a call where there were several.
+
+        Example:
+            >>> import torch
+            >>> from nnsight import NNsight
+            >>> model = NNsight(torch.nn.Sequential(torch.nn.Linear(5, 10)))
+            >>> with model.trace(torch.ones(1, 5)) as tracer:
+            ...     cache = tracer.cache(include_inputs=True)
+            >>> cache["0"].output.shape
+            torch.Size([1, 10])
+        """
         return self._one_or_all([call.output for call in self._some_calls()])
 
     @property
     def inputs(self) -> Any:
-        """What the module was called with, `(args, kwargs)`; a list where there were several calls."""
+        """What the module was called with, `(args, kwargs)`; a list where there were several calls.
+
+        Example:
+            >>> import torch
+            >>> from nnsight import NNsight
+            >>> model = NNsight(torch.nn.Sequential(torch.nn.Linear(5, 10)))
+            >>> with model.trace(torch.ones(1, 5)) as tracer:
+            ...     cache = tracer.cache(include_inputs=True)
+            >>> args, kwargs = cache["0"].inputs
+            >>> len(args), kwargs
+            (1, {})
+        """
         return self._one_or_all([call.inputs for call in self._some_calls()])
 
     @property
     def input(self) -> Any:
-        """The first argument the module was called with; a list where there were several calls."""
+        """The first argument the module was called with; a list where there were several calls.
+
+        Example:
+            >>> import torch
+            >>> from nnsight import NNsight
+            >>> model = NNsight(torch.nn.Sequential(torch.nn.Linear(5, 10)))
+            >>> with model.trace(torch.ones(1, 5)) as tracer:
+            ...     cache = tracer.cache(include_inputs=True)
+            >>> cache["0"].input
+            tensor([[1., 1., 1., 1., 1.]])
+        """
         return self._one_or_all([call.input for call in self._some_calls()])
 
     def _one_or_all(self, values: list[Any]) -> Any:
@@ -144,7 +194,7 @@ class CacheEntry:
         calls = self.calls
         if not calls:
             return "nothing"
-        return calls[0].describe() if len(calls) == 1 else f"{len(calls)} calls, the first {calls[0].describe()}"
+        return calls[0]._describe() if len(calls) == 1 else f"{len(calls)} calls, the first {calls[0]._describe()}"
 
 
 class Cache:
@@ -173,19 +223,58 @@ class Cache:
         self._sites = sites
 
     def keys(self) -> list[str]:
-        """The paths of the modules that ran, in the order of the model's tree."""
+        """The paths of the modules that ran, in the order of the model's tree.
+
+        Example:
+            >>> import torch
+            >>> from nnsight import NNsight
+            >>> model = NNsight(torch.nn.Sequential(torch.nn.Linear(5, 10)))
+            >>> with model.trace(torch.ones(1, 5)) as tracer:
+            ...     cache = tracer.cache(include_inputs=True)
+            >>> cache.keys()
+            ['model', 'model.0']
+        """
         return [path for path, site in self._sites.items() if site.steps]
 
     def values(self) -> list[CacheEntry]:
-        """Their entries."""
+        """Their entries.
+
+        Example:
+            >>> import torch
+            >>> from nnsight import NNsight
+            >>> model = NNsight(torch.nn.Sequential(torch.nn.Linear(5, 10)))
+            >>> with model.trace(torch.ones(1, 5)) as tracer:
+            ...     cache = tracer.cache(include_inputs=True)
+            >>> [entry.output.shape for entry in cache.values()]
+            [torch.Size([1, 10]), torch.Size([1, 10])]
+        """
         return [CacheEntry(self, path) for path in self.keys()]
 
     def items(self) -> list[tuple[str, CacheEntry]]:
-        """Pairs of path and entry."""
+        """Pairs of path and entry.
+
+        Example:
+            >>> import torch
+            >>> from nnsight import NNsight
+            >>> model = NNsight(torch.nn.Sequential(torch.nn.Linear(5, 10)))
+            >>> with model.trace(torch.ones(1, 5)) as tracer:
+            ...     cache = tracer.cache(include_inputs=True)
+            >>> {path: entry.output.norm() for path, entry in cache.items()}.keys()
+            dict_keys(['model', 'model.0'])
+        """
         return [(path, CacheEntry(self, path)) for path in self.keys()]
 
     def save(self) -> Cache:
-        """Mark the cache as one that leaves the trace; locally it is simply itself."""
+        """Mark the cache as one that leaves the trace; locally it is simply itself.
+
+        Example:
+            >>> import torch
+            >>> from nnsight import NNsight
+            >>> model = NNsight(torch.nn.Sequential(torch.nn.Linear(5, 10)))
+            >>> with model.trace(torch.ones(1, 5)) as tracer:
+            ...     cache = tracer.cache(include_inputs=True)
+            ...     _ = cache.save()
+        """
         return save(self)
 
     def __getitem__(self, path: str | Envoy) -> CacheEntry:

@@ -45,7 +45,16 @@ class Keep(NamedTuple):
 
 
 class CachedCall:
-    """One call of a cached module; `step` is the step of the generation it belongs to (0 in a trace)."""
+    """One call of a cached module; `step` is the step of the generation it belongs to (0 in a trace).
+
+    Example:
+        >>> from nnsight import LanguageModel
+        >>> model = LanguageModel("nnsight/landmarks")
+        >>> with model.generate("The Eiffel Tower is in", max_new_tokens=3) as tracer:
+        ...     cache = tracer.cache(modules=[model.lm_head], include_inputs=True)
+        >>> [call.step for call in cache["lm_head"].calls]
+        [0, 1, 2]
+    """
 
     __slots__ = ("_inputs", "_output", "_path", "step")
 
@@ -57,24 +66,51 @@ class CachedCall:
 
     @property
     def output(self) -> Any:
-        """What the module returned, after all edits."""
+        """What the module returned, after all edits.
+
+        Example:
+            >>> from nnsight import LanguageModel
+            >>> model = LanguageModel("nnsight/landmarks")
+            >>> with model.generate("The Eiffel Tower is in", max_new_tokens=3) as tracer:
+            ...     cache = tracer.cache(modules=[model.lm_head], include_inputs=True)
+            >>> cache["lm_head"].calls[2].output.shape[:2]
+            torch.Size([1, 1])
+        """
         return _kept(self._output, self._path, "output")
 
     @property
     def inputs(self) -> tuple[tuple[Any, ...], dict[str, Any]]:
-        """What the module was called with, after all edits: `(args, kwargs)`."""
+        """What the module was called with, after all edits: `(args, kwargs)`.
+
+        Example:
+            >>> from nnsight import LanguageModel
+            >>> model = LanguageModel("nnsight/landmarks")
+            >>> with model.generate("The Eiffel Tower is in", max_new_tokens=3) as tracer:
+            ...     cache = tracer.cache(modules=[model.lm_head], include_inputs=True)
+            >>> args, kwargs = cache["lm_head"].calls[2].inputs
+            >>> len(args), kwargs
+            (1, {})
+        """
         return _kept(self._inputs, self._path, "inputs")
 
     @property
     def input(self) -> Any:
-        """The first argument the module was called with."""
+        """The first argument the module was called with.
+
+        Example:
+            >>> from nnsight import LanguageModel
+            >>> model = LanguageModel("nnsight/landmarks")
+            >>> with model.generate("The Eiffel Tower is in", max_new_tokens=3) as tracer:
+            ...     cache = tracer.cache(modules=[model.lm_head], include_inputs=True)
+            >>> cache["lm_head"].calls[2].input.shape[:2]
+            torch.Size([1, 1])
+        """
         return first_input(self.inputs, self._path)
 
     def __repr__(self) -> str:
-        return f"{self._path}, step {self.step}: {self.describe()}"
+        return f"{self._path}, step {self.step}: {self._describe()}"
 
-    def describe(self) -> str:
-        """The shapes and dtypes of what was kept."""
+    def _describe(self) -> str:
         kept = (("inputs", self._inputs), ("output", self._output))
         return ", ".join(f"{name} {describe(value)}" for name, value in kept if value is not _MISSING)
 

@@ -42,6 +42,14 @@ class Steps:
 
     `for step in tracer.iter[...]` runs natively; `with tracer.iter[...] as step` runs its block once a step.  Both give
     the step's number, end when the generation ends, and the code behind them runs.
+
+    Example:
+        >>> from nnsight import LanguageModel
+        >>> model = LanguageModel("nnsight/landmarks")
+        >>> with model.generate("The Eiffel Tower is in", max_new_tokens=4) as tracer:
+        ...     with tracer.iter[1:3] as step:
+        ...         model.transformer.h[0].output[0][:, -1] = 0
+        ...     ids = model.generator.output.save()
     """
 
     def __init__(self, tracer: Tracer, bounds: Bounds) -> None:

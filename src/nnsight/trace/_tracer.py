@@ -135,13 +135,13 @@ class Tracer:
             self._flow = None
 
     @staticmethod
-    def current(tree: Tree) -> Tracer | None:
+    def _current(tree: Tree) -> Tracer | None:
         """The trace of this model, without an input of its own, whose body the current code belongs to."""
         worker = tree.find_worker()
         tracer = worker.tracer if worker is not None else None
         return tracer if tracer is not None and tracer._owners else None
 
-    def prepare_with(self, prepare: Prepare) -> None:
+    def _prepare_with(self, prepare: Prepare) -> None:
         """Make another call of the inputs than the trace itself would."""
         self._prepare = prepare
 
@@ -295,6 +295,18 @@ class Tracer:
     def barrier(self, count: int) -> Barrier:
         """A point that `count` blocks reach before any of them goes on; each calls it.
 
+        Example:
+            >>> from nnsight import LanguageModel
+            >>> model = LanguageModel("nnsight/landmarks")
+            >>> with model.trace() as tracer:
+            ...     meet = tracer.barrier(2)
+            ...     with tracer.invoke("The Eiffel Tower is in"):
+            ...         embeddings = model.transformer.wte.output
+            ...         meet()
+            ...     with tracer.invoke("_ _ _ _ _ _"):
+            ...         meet()
+            ...         model.transformer.wte.output = embeddings
+
         Raises:
             WaitError: Fewer blocks reach it than it waits for; raised when nothing can come any more.
         """
@@ -322,7 +334,15 @@ class Tracer:
         return StepSelector(self)
 
     def all(self) -> Steps:
-        """Every step of the generation: `tracer.iter[:]`."""
+        """Every step of the generation: `tracer.iter[:]`.
+
+        Example:
+            >>> from nnsight import LanguageModel
+            >>> model = LanguageModel("nnsight/landmarks")
+            >>> with model.generate("The Eiffel Tower is in", max_new_tokens=3) as tracer:
+            ...     with tracer.all() as step:
+            ...         model.transformer.h[0].output[0][:, -1] = 0
+        """
         return self.iter[:]
 
     def next(self, count: int = 1) -> Tracer:
