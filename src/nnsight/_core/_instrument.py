@@ -335,7 +335,9 @@ class Instruments:
 
 
 def _find_parameters(root: Module) -> list[weakref.ref[torch.Tensor]]:
-    found = {id(p): p for module in root.modules() if not _is_offloaded(module) for p in module.parameters(recurse=False)}
+    found = {
+        id(p): p for module in root.modules() if not _is_offloaded(module) for p in module.parameters(recurse=False)
+    }
     return [weakref.ref(parameter) for parameter in found.values() if not parameter.is_inference()]
 
 
