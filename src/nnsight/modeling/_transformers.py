@@ -252,9 +252,9 @@ class TransformersModel(NNsight):
             return elsewhere
         given = self._take_given(inputs, kwargs)
         if given is None:
-            collected = Tracer.current(self._tree)
+            collected = Tracer._current(self._tree)
             if collected is not None:
-                collected.prepare_with(lambda givens: self._prepare_generation(givens, kwargs))
+                collected._prepare_with(lambda givens: self._prepare_generation(givens, kwargs))
                 return collected.result
         self.dispatch()
         if not trace:
