@@ -102,6 +102,10 @@ class SourceError(NNsightError, RuntimeError):
     """A function whose operations cannot be listed or intercepted."""
 
 
+class EngineError(NNsightError, RuntimeError):
+    """A vLLM engine cannot do what was asked of it."""
+
+
 class RemoteError(NNsightError, RuntimeError):
     """Root of what can go wrong about remote execution itself."""
 

@@ -11,6 +11,7 @@ from ._aliases import own_part as own_part
 from ._aliases import show_as as show_as
 from ._aliases import source_of_gradient as source_of_gradient
 from ._coroutine import OTHER_THREAD as OTHER_THREAD
+from ._coroutine import Coroutine as Coroutine
 from ._coroutine import current_pass as current_pass
 from ._coroutine import uncounted as uncounted
 from ._fakes import Fakes as Fakes

@@ -36,10 +36,10 @@ class Call:
 
     `repeatable` says that calling it again with the same inputs is the same forward.  For a batch, `probe` gives
     forwards on rows of it (see `_layouts`), and `batch_first` names places whose values have the batch in front.
-    A `fake` call computes shapes only, and nothing about the model is learnt from it.
+    `passes` runs it; a `fake` call computes shapes only, and nothing about the model is learnt from it.
     """
 
-    __slots__ = ("args", "batch_first", "fake", "function", "kwargs", "probe", "repeatable")
+    __slots__ = ("args", "batch_first", "fake", "function", "kwargs", "passes", "probe", "repeatable")
 
     def __init__(
         self,
@@ -51,6 +51,7 @@ class Call:
         probe: Probe | None = None,
         batch_first: Collection[Any] = (),
         fake: bool = False,
+        passes: type[Pass] = Pass,
     ) -> None:
         self.function = function
         self.args = args
@@ -59,6 +60,7 @@ class Call:
         self.probe = probe
         self.batch_first = batch_first
         self.fake = fake
+        self.passes = passes
 
     def __call__(self) -> Any:
         return self.function(*self.args, **self.kwargs)
@@ -108,7 +110,7 @@ class Run:
             self.edits.begin(call)
             self.instruments.install()
             begin = None if self.lone else self._begin
-            self.main = Pass(
+            self.main = call.passes(
                 call, self.instruments, self.stepper, self.modes, self.overrides, self._serve, self._missed, begin
             )
             self.main.hand_on = self.edits.leave

@@ -25,13 +25,14 @@ Emit = Callable[[Event], None]
 _PACKAGE = os.path.dirname(os.path.dirname(os.path.abspath(__file__))) + os.sep
 
 
-def execute(frame: bytes, served: NNsight, emit: Emit, *, forward_warnings: bool = True) -> bytes:
+def execute(frame: bytes, served: NNsight, emit: Emit, *, forward_warnings: bool = True, seeded: bool = True) -> bytes:
     """Run the job in a frame, and give the frame of its answer or failure.
 
     Args:
         frame: A job.
         served: The model it runs on.
         emit: Called with what the block prints and warns of.
+        seeded: Draw its random numbers from the job's own seed; a process that runs several blocks by turns cannot.
         forward_warnings: Send warnings of the block to `emit`; they stay in this process otherwise.
     """
     try:
@@ -42,7 +43,7 @@ def execute(frame: bytes, served: NNsight, emit: Emit, *, forward_warnings: bool
     try:
         reader = JobReader(job, payload, _printer(emit))
         with _warnings_to(emit) if forward_warnings else nullcontext():
-            answer, tensors = _run(job, reader, served)
+            answer, tensors = _run(job, reader, served, seeded)
         return write_frame(answer, tensors)
     except BaseException as error:
         if isinstance(error, KeyboardInterrupt):
@@ -50,7 +51,7 @@ def execute(frame: bytes, served: NNsight, emit: Emit, *, forward_warnings: bool
         return write_frame(_failure(error, job, reader))
 
 
-def _run(job: Job, reader: JobReader, served: NNsight) -> tuple[Answer, TensorWriter]:
+def _run(job: Job, reader: JobReader, served: NNsight, seeded: bool) -> tuple[Answer, TensorWriter]:
     models = _models(job, served)
     reader.models = models
     for model, state in zip(models, job.models, strict=True):
@@ -59,11 +60,20 @@ def _run(job: Job, reader: JobReader, served: NNsight) -> tuple[Answer, TensorWr
     args = tuple(reader.decode(value) for value in job.args)
     kwargs = {name: reader.decode(value) for name, value in job.kwargs.items()}
     given = Given(reader.containers, reader.tensors)
-    with Files(reader.files), torch.random.fork_rng(devices=[]), collecting_saves() as saved:
-        torch.manual_seed(job.seed % 2**63)
+    with Files(reader.files), _random_numbers(job.seed if seeded else None), collecting_saves() as saved:
         _run_block(models[0], job, block, scope, args, kwargs)
     encoder = Encoder(given.extend, data_only=True)
     return write_answer(encoder, block, scope, saved, given), encoder.tensors
+
+
+@contextmanager
+def _random_numbers(seed: int | None) -> Iterator[None]:
+    if seed is None:
+        yield
+        return
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed % 2**63)
+        yield
 
 
 def _run_block(

@@ -2,6 +2,8 @@
 
 from ._barrier import Barrier as Barrier
 from ._cache import Cache as Cache
+from ._dataflow import Dataflow as Dataflow
+from ._dataflow import Deferred as Deferred
 from ._edit import Edit as Edit
 from ._edit import Editing as Editing
 from ._edit import FunctionEdit as FunctionEdit
