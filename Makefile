@@ -3,6 +3,7 @@
 #   make demo     a tour on the small model that ships with the package
 #   make test     the whole suite; PYTEST_ARGS="-k name -x" is handed to pytest
 #   make check    lint, types and tests: what a change must pass
+#   make test-vllm  the tests of vLLM engines, in an environment of their own (.venv-vllm)
 #   make lint     ruff and pyright alone
 #   make bench    what tracing costs
 #   make families run the tests of every family of models, and write docs/families.md from what they showed
@@ -17,13 +18,16 @@ VENV := .venv
 BIN := $(VENV)/bin
 MAKEFLAGS += --no-print-directory
 
-.PHONY: demo test check lint bench families clean
+.PHONY: demo test test-vllm check lint bench families clean
 
 demo: $(VENV)/.demo
 	$(BIN)/nnsight demo
 
 test: $(VENV)/.dev
 	$(BIN)/pytest $(PYTEST_ARGS)
+
+test-vllm: .venv-vllm/.ready
+	.venv-vllm/bin/python -m pytest tests/vllm -W default $(PYTEST_ARGS)
 
 check: lint test
 
@@ -40,7 +44,7 @@ families: $(VENV)/.dev
 	$(BIN)/python scripts/families.py
 
 clean:
-	rm -rf $(VENV) build dist htmlcov .coverage .hypothesis .pytest_cache .ruff_cache
+	rm -rf $(VENV) .venv-vllm build dist htmlcov .coverage .hypothesis .pytest_cache .ruff_cache
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +
 
 # Stamps. An environment that is there already is kept and added to.
@@ -61,6 +65,14 @@ $(VENV)/.demo: $(VENV)/.python pyproject.toml constraints.txt
 $(VENV)/.dev: $(VENV)/.python pyproject.toml constraints.txt
 	$(call install,dev$(comma)plots$(comma)server)
 	@touch $(VENV)/.demo $@
+
+# vLLM has builds for Python 3.11 that match the pinned torch; where there is none, there is nothing to test.
+.venv-vllm/.ready: constraints-vllm.txt pyproject.toml
+	@echo "installing vLLM into .venv-vllm"
+	@python3.11 -m venv .venv-vllm
+	@.venv-vllm/bin/python -m pip install --quiet --disable-pip-version-check --no-deps --requirement constraints-vllm.txt
+	@.venv-vllm/bin/python -m pip install --quiet --disable-pip-version-check --no-deps --editable .
+	@touch $@
 
 # The pins are of releases for Python 3.11 and newer; 3.10 takes the newest releases it has.
 comma := ,

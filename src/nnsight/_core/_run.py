@@ -32,11 +32,11 @@ from ._worker import Worker
 
 
 class Call:
-    """What a run executes: a function and the inputs it gets.
+    """What a run executes, in a pass of class `passes`: a function and the inputs it gets.
 
     `repeatable` says that calling it again with the same inputs is the same forward.  For a batch, `probe` gives
     forwards on rows of it (see `_layouts`), and `batch_first` names places whose values have the batch in front.
-    `passes` runs it; a `fake` call computes shapes only, and nothing about the model is learnt from it.
+    A `fake` call computes shapes only, and nothing about the model is learnt from it.
     """
 
     __slots__ = ("args", "batch_first", "fake", "function", "kwargs", "passes", "probe", "repeatable")
@@ -59,8 +59,7 @@ class Call:
         self.repeatable = repeatable
         self.probe = probe
         self.batch_first = batch_first
-        self.fake = fake
-        self.passes = passes
+        self.fake, self.passes = fake, passes
 
     def __call__(self) -> Any:
         return self.function(*self.args, **self.kwargs)

@@ -13,6 +13,7 @@ from transformers.modeling_outputs import CausalLMOutput
 
 from .._core import INPUT, OUTPUT, Place
 from ..errors import EngineError, NNsightError
+from ..trace import Given
 from ._bridge import Inputs, Output, bridge_of, fill, own, versions_of
 from ._lane import Lane
 from ._messages import EXTRA
@@ -31,8 +32,10 @@ class Engine:
         self.waiting: dict[str, Lane] = {}  # by key, until their request comes
         self._known: dict[str, Lane] = {}  # by the engine's name of the request
         self._lanes: list[Lane] = []  # of the current step
+        self.new_lane: Callable[[Given], Lane]  # for the job that runs now
         self._installed = False
-        self._hidden: torch.Tensor | None = None
+        self._hidden: Any = None  # what leaves the layers at this step
+        self._compute_logits: Forward
         head = self.root.lm_head
         if sum(module is head for _, module in self.root.named_modules(remove_duplicate=False)) > 1:
             self.root.lm_head = copy.copy(head)  # the embedding itself, where weights are tied: another place
@@ -60,7 +63,7 @@ class Engine:
         self._installed = True
         for module in self._places:
             vars(module)["forward"] = MethodType(self._replacement(type(module).forward), module)
-        self._compute_logits = self.root.compute_logits
+        self._compute_logits = self.root.compute_logits  # pyright: ignore[reportAttributeAccessIssue]
         vars(self.root)["compute_logits"] = self._logits
         sampler = self.runner.sampler
         vars(sampler)["forward"] = MethodType(self._sampling(type(sampler).forward), sampler)
@@ -172,7 +175,7 @@ class Engine:
                 self._put(lane, inputs.put, visit.value, module)
             shown = visit.value
         for recorder in main.input_recorders.get(module, ()):
-            recorder.begin(*shown, index)
+            recorder.begin(shown[0], shown[1], index)
 
     def _visit_output(self, lane: Lane, module: Module, output: Output, skipping: dict[Lane, Any]) -> None:
         main, index = lane.main, lane.main.counts[module] - 1
@@ -280,13 +283,13 @@ class Engine:
 
     def _visit_samples(self, lane: Lane, sampled: torch.Tensor) -> None:
         rows = sampled[lane.row : lane.row + 1]
-        shown = own(rows)[0]
+        shown = own(rows)[0, 0].long()
         before = versions_of(shown)
         with lane.visiting():
             value = lane.main.touch(SAMPLES, shown)
         if lane.lives and (value is not shown or _differ(before)):
             try:
-                fill(rows, value.to(rows.dtype).unsqueeze(0), "model.samples")
+                fill(rows, value.to(rows.dtype).view(1, 1, -1), "model.samples")
             except NNsightError as error:
                 lane.fail(error)
 

@@ -15,7 +15,7 @@ from greenlet import getcurrent
 from torch.nn import Module
 
 from .._core import RESULT, Coroutine, Instruments, Pass, capture_modes, switch_modes
-from ..errors import EngineError
+from ..errors import NNsightError
 
 if TYPE_CHECKING:
     from ._messages import Ask
@@ -48,7 +48,7 @@ class Lane:
     def __init__(self, ask: Ask, hand_in: Callable[[Lane], None]) -> None:
         self.ask = ask
         self.result: Any = None
-        self.main: LanePass | None = None
+        self._main: LanePass | None = None
         self.length = self.computed = 0  # tokens of the prompt, and those that the model has seen
         self.start = self.stop = self.row = 0
         self._over = False
@@ -74,15 +74,15 @@ class Lane:
         self._over, self.result = True, result
         with self.visiting():
             if self.lives:
-                self.main.finish(result)  # type: ignore[union-attr]
+                self.main.finish(result)
             if self._driver:
                 self._driver.resume()
 
-    def fail(self, error: EngineError) -> None:
+    def fail(self, error: NNsightError) -> None:
         """End the block with an error where it stands."""
         self._over = True
-        if self.main is not None:
-            self.main.done = True
+        if self._main is not None:
+            self._main.done = True
         if self._driver:
             with self.visiting():
                 self._driver.throw(error)
@@ -90,7 +90,17 @@ class Lane:
     @property
     def lives(self) -> bool:
         """Whether the block still takes part."""
-        return self.main is not None and not self.main.done
+        return self._main is not None and not self._main.done
+
+    @property
+    def main(self) -> LanePass:
+        """The pass of the block, once that has asked for something."""
+        assert self._main is not None
+        return self._main
+
+    def begin(self, main: LanePass) -> None:
+        """In the block's coroutine: `main` is what runs it."""
+        self._main = main
 
     @contextmanager
     def visiting(self) -> Iterator[None]:
@@ -116,12 +126,15 @@ def hand_over() -> None:
 class LanePass(Pass):
     """A pass whose model is run by the engine."""
 
+    _entered = False
+
     def advance(self) -> None:
         """Let the engine go on until it visits this lane, or the request is over."""
         lane: Lane = self._call.function  # pyright: ignore[reportFunctionMemberAccess]
         self._driver = getcurrent()
-        if lane.main is None:
-            lane.main = self
+        if not self._entered:
+            self._entered = True
+            lane.begin(self)
             if self._begin is not None:
                 self._begin()
             lane.enter()

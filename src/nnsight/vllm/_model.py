@@ -60,7 +60,7 @@ class VLLM(LanguageModel):
         """Start the engine, if it does not run yet."""
         if self._engine is None:
             _check_version()
-            from vllm import LLM
+            from vllm import LLM  # pyright: ignore[reportMissingImports]
 
             extra = {"worker_extension_cls": _EXTENSION, "scheduler_cls": _SCHEDULER}
             self._engine = LLM(self._source.name, **extra, **self._options)  # pyright: ignore[reportOptionalMemberAccess]
@@ -182,7 +182,7 @@ def _result(output: Any) -> Any:
 
 
 def _sampling(params: Mapping[str, Any], extra: dict[str, Any] | None = None) -> Any:
-    from vllm import SamplingParams
+    from vllm import SamplingParams  # pyright: ignore[reportMissingImports]
 
     given = {"temperature": 0.0, "max_tokens": 1, **params}
     if given.get("n", 1) != 1:
@@ -211,7 +211,7 @@ def _check(model: str, options: Mapping[str, Any]) -> None:
 
 def _check_version() -> None:
     try:
-        import vllm
+        import vllm  # pyright: ignore[reportMissingImports]
     except ImportError as error:
         raise EngineError('VLLM needs vLLM: pip install "nnsight[vllm]" (see docs/vllm.md).') from error
     numbers = tuple(int(part) for part in vllm.__version__.split("+")[0].split(".")[:2])
