@@ -11,10 +11,10 @@ from torch.nn import Module
 
 from .._core import RESULT, Call, Override, Probe
 from ..envoy import Envoy
-from ..errors import NoInputError
+from ..errors import InputError, NoInputError
 from ..trace import Given, Prepared, Tracer
 from ._adapters import set_merged
-from ._base import NO_INPUT, NNsight
+from ._base import NO_INPUT, NNsight, check_block
 from ._elsewhere import open_elsewhere
 from ._encodings import MASKS, Encoded, join
 from ._experts import gathered_experts
@@ -185,7 +185,14 @@ class TransformersModel(NNsight):
         set_merged(self.dispatch()._module, False)
         return self
 
-    def trace(self, *inputs: Any, trace: bool = True, strict_order: bool = False, **kwargs: Any) -> Any:
+    def trace(
+        self,
+        *inputs: Any,
+        trace: bool = True,
+        strict_order: bool = False,
+        stop_after_last: bool = False,
+        **kwargs: Any,
+    ) -> Any:
         """Run the model once, with a block that reads and changes what happens inside.
 
         Example:
@@ -205,6 +212,9 @@ class TransformersModel(NNsight):
                 stand. An input of several sorts is named (`text=..., images=...`) or given side by side.
             trace: False calls the model plainly and returns its output.
             strict_order: Make reading a place that has passed an error; otherwise a second forward pass serves it.
+            stop_after_last: End the forward once the block's last request was served: what comes after is not run. The
+                blocks of all invokes are waited for, and the modules named in `tracer.cache(modules=...)`; stored edits count
+                up to there. A request for the result (`tracer.result`, `model.output`) is one for the whole forward.
             **kwargs: Keyword arguments of the forward (`pixel_values=…`, `labels=…`), or options of the processor:
                 `add_special_tokens`, `truncation`, `max_length`, `add_generation_prompt`, `sampling_rate` (in Hz; by
                 default the one that the model was trained on).
@@ -216,13 +226,21 @@ class TransformersModel(NNsight):
             NoInputError: The model was given no input.
             InputError: The input is nothing that the model takes, or several inputs do not make a batch.
         """
-        elsewhere = open_elsewhere(self, "trace", inputs, kwargs, strict_order=strict_order)
+        elsewhere = open_elsewhere(self, "trace", inputs, kwargs, strict_order, stop_after_last)
         if elsewhere is not None:
             return elsewhere
         self.dispatch()
-        return super().trace(*inputs, trace=trace, strict_order=strict_order, **kwargs)
+        options = {"strict_order": strict_order, "stop_after_last": stop_after_last}
+        return super().trace(*inputs, trace=trace, **options, **kwargs)
 
-    def generate(self, *inputs: Any, trace: bool = True, strict_order: bool = False, **kwargs: Any) -> Any:
+    def generate(
+        self,
+        *inputs: Any,
+        trace: bool = True,
+        strict_order: bool = False,
+        stop_after_last: bool = False,
+        **kwargs: Any,
+    ) -> Any:
         """Generate from inputs, with a block that reads and changes what happens at each step.
 
         What the block asks for is of the first step, unless it iterates (`tracer.iter`, `tracer.all()`,
@@ -241,23 +259,32 @@ class TransformersModel(NNsight):
             *inputs: As for `trace`.
             trace: False generates plainly and returns what `generate` of transformers returns.
             strict_order: As for `trace`.
+            stop_after_last: End the generation once the block's last request was served, in the middle of a step if need be; a
+                request for what was generated (`model.generator.output`, `tracer.result`), or any `tracer.cache()`, is one
+                for all of it.
             **kwargs: Any option of transformers' `generate`: `max_new_tokens`, `do_sample`, `num_beams`, …; and
                 `remote=True` and what goes with it, as for `trace`.
 
         Returns:
             A `Tracer`, or with `trace=False` the token ids `[batch, prompt + new tokens]`.
         """
-        elsewhere = open_elsewhere(self, "generate", inputs, kwargs, strict_order=strict_order)
+        elsewhere = open_elsewhere(self, "generate", inputs, kwargs, strict_order, stop_after_last)
         if elsewhere is not None:
             return elsewhere
         given = self._take_given(inputs, kwargs)
         if given is None:
-            collected = Tracer.current(self._tree)
+            collected = Tracer._current(self._tree)
             if collected is not None:
-                collected.prepare_with(lambda givens: self._prepare_generation(givens, kwargs))
+                if stop_after_last:
+                    raise InputError(
+                        "This call generates for the invokes of the trace around it, and asks for the result: "
+                        "stop_after_last=True belongs to a generation with a block of its own."
+                    )
+                collected._prepare_with(lambda givens: self._prepare_generation(givens, kwargs))
                 return collected.result
         self.dispatch()
         if not trace:
+            check_block(stop_after_last)
             return self._prepare_generation([given] if given else [], kwargs).call()
         return Tracer(
             self._tree,
@@ -265,6 +292,7 @@ class TransformersModel(NNsight):
             given,
             edits=self._edits,
             strict_order=strict_order,
+            stop_after_last=stop_after_last,
         )
 
     @property
