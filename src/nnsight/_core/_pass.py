@@ -57,7 +57,7 @@ class Pass:
         self.wanted_outputs: dict[Any, int] = {}
         self.guards: dict[Any, set[Any]] = {}
         self.sight: Sight | None = None
-        self.single = getattr(call, "function", None) is stepper  # there is one step
+        self.single = getattr(call, "function", None) is stepper or getattr(call, "repeatable", False)  # one step
         self.recorders: dict[Any, list[Recorder]] = {}
         self.input_recorders: dict[Any, list[Recorder]] = {}
         self._handles: list[RemovableHandle] = []

@@ -17,6 +17,7 @@ from ..trace import IN_A_TRACE, Edit, Editing, FunctionEdit, Given, Prepared, Sc
 from ._apply import Applied, Intervention, edits_of
 from ._batch import join_inputs
 from ._elsewhere import open_elsewhere
+from ._offload import without_offload
 from ._probe import choose_rows, select_rows
 
 
@@ -182,8 +183,8 @@ class NNsight(Named):
         return tracer.with_overrides(self._scan_overrides())
 
     def _scan_overrides(self) -> dict[Module, Override]:
-        """Forwards to use in a scan in place of those whose shapes depend on values."""
-        return {}
+        """Forwards to use in a scan in place of those that cannot run without values."""
+        return without_offload(self._module)
 
     def session(self, **options: Any) -> Any:
         """Group traces that belong together; values of one are ordinary variables in the next.

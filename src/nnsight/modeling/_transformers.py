@@ -13,15 +13,14 @@ from .._core import RESULT, Call, Override, Probe
 from ..envoy import Envoy
 from ..errors import InputError, NoInputError
 from ..trace import Given, Prepared, Tracer
-from ._adapters import set_merged
+from ._adapters import set_merged, unwrapped
 from ._base import NO_INPUT, NNsight, check_block
 from ._elsewhere import open_elsewhere
 from ._encodings import MASKS, Encoded, join
 from ._experts import gathered_experts
-from ._generation import GENERATED, TOKEN, Generator, generate
-from ._loading import Source
+from ._generation import GENERATED, TOKEN, Generator, generate, stepper_of
+from ._loading import Source, refuse_options
 from ._needs import Needs
-from ._offload import without_offload
 from ._pattern import PatternOnDemand
 from ._present import Presenter, accept, stand_in
 from ._probe import choose_rows, select_rows, two_steps
@@ -119,12 +118,13 @@ class TransformersModel(NNsight):
         self._processor = processor
         self._has_own_processor = processor is not None
         if isinstance(model, Module):
+            refuse_options({**options, "task": task} if task else options)
             super().__init__(model, rename=rename, envoys=envoys)
         else:
             self._source = Source(str(model), classes_for(task, auto_class), options)
             super().__init__(self._source.build_empty(), rename=rename, envoys=envoys)
         tree = self._tree
-        tree.present = Presenter(self._module)
+        self._describe()
         tree.plain_tensors = False
         tree.accept = accept
         tree.stand_in = stand_in
@@ -156,9 +156,14 @@ class TransformersModel(NNsight):
             assert self._source is not None
             self._rebind(self._source.load())
             self._tree.rebind(self._module)
-            self._tree.present = Presenter(self._module)
+            self._describe()
             self.dispatched = True
         return self
+
+    def _describe(self) -> None:
+        """Tell the tree what is to be known of the module."""
+        self._tree.present = Presenter(self._module)
+        self._tree.stepper = stepper_of(self._module)
 
     def merge_adapter(self: Kind) -> Kind:
         """Add the weights of the adapters (PEFT) to the layers that they adapt; their own layers do not run any more.
@@ -301,7 +306,7 @@ class TransformersModel(NNsight):
         return Generator(self._tree)
 
     def _scan_overrides(self) -> dict[Module, Override]:
-        return {**without_offload(self._module), **gathered_experts(self._module)}
+        return {**super()._scan_overrides(), **gathered_experts(self._module)}
 
     # --- inputs ----------------------------------------------------------------------------------------------
 
@@ -329,7 +334,8 @@ class TransformersModel(NNsight):
         needs, inputs = self._needs(), batch.inputs
         if needs.main == "input_ids" and "input_ids" in inputs:
             inputs.setdefault("attention_mask", torch.ones_like(inputs["input_ids"]))
-        kwargs.setdefault("pad_token_id", needs.pad_id)
+        if stepper_of(self._module) is unwrapped(self._module):  # else what generates inside is given its own
+            kwargs.setdefault("pad_token_id", needs.pad_id)
         call = Call(
             generate,
             (),
