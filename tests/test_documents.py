@@ -105,7 +105,7 @@ def test_members_are_found() -> None:
         "Envoy.device",
         "Values.output",
         "NNsight.trace",
-        "LanguageModel.generator",
+        "TransformersModel.generator",
         "Tracer.iter",
     } <= MEMBERS.keys()
     assert not any(name.partition(".")[2].startswith("_") for name in MEMBERS)

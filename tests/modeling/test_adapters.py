@@ -229,7 +229,7 @@ def test_from_the_hubs_cache(files: Files, make: Callable[..., Any], hub_cache: 
 
 def test_an_adapter_that_is_not_there(files: Files, tmp_path: Path) -> None:
     for name in (str(tmp_path / "nothing"), "someone/nothing"):
-        with pytest.raises(LoadError, match="adapter_config.json"):
+        with pytest.raises(LoadError, match=r"adapter_config\.json"):
             LanguageModel(files.base, peft=name)
     with pytest.raises(LoadError, match="no such folder"):
         LanguageModel(str(tmp_path / "nothing"))
@@ -249,7 +249,7 @@ def test_merging_without_an_adapter(files: Files) -> None:
 
 
 def test_a_module_and_an_adapters_name(files: Files) -> None:
-    with pytest.raises(InputError, match="PeftModel.from_pretrained"):
+    with pytest.raises(InputError, match=r"PeftModel\.from_pretrained"):
         LanguageModel(files.plain, peft=files.adapter)
 
 
@@ -258,5 +258,5 @@ def test_an_adapter_without_some_of_its_weights(files: Files, tmp_path: Path) ->
     weights = load_file(tmp_path / "adapter" / "adapter_model.safetensors")
     kept = {name: value for name, value in weights.items() if "layers.1." not in name}
     save_file(kept, tmp_path / "adapter" / "adapter_model.safetensors")
-    with pytest.raises(LoadError, match="no weights for .*layers.1"):
+    with pytest.raises(LoadError, match=r"no weights for .*layers\.1"):
         LanguageModel(str(tmp_path / "adapter"), dispatch=True)

@@ -135,7 +135,14 @@ class TransformersModel(NNsight):
 
     @property
     def processor(self) -> Any:
-        """What makes tensors of text, images or audio; loaded when first asked for."""
+        """What makes tensors of text, images or audio; loaded when first asked for.
+
+        Example:
+            >>> from nnsight import LanguageModel
+            >>> model = LanguageModel("nnsight/landmarks")
+            >>> model.processor("The capital of France is")["input_ids"]
+            [304, 360, 296, 570, 283]
+        """
         if self._processor is None and self._source is not None:
             self._processor = self._source.load_processor(self._processor_class)
         return self._processor
@@ -147,11 +154,26 @@ class TransformersModel(NNsight):
 
     @property
     def tokenizer(self) -> Any:
-        """The processor's tokenizer, None where it has none."""
+        """The processor's tokenizer, None where it has none.
+
+        Example:
+            >>> from nnsight import TransformersModel
+            >>> model = TransformersModel("nnsight/landmarks")
+            >>> model.tokenizer.decode([570, 283])
+            ' France is'
+        """
         return part_of(self.processor, "text")
 
     def dispatch(self: Kind) -> Kind:
-        """Load the weights, if they are not there yet; envoys taken before stay valid."""
+        """Load the weights, if they are not there yet; envoys taken before stay valid.
+
+        Example:
+            >>> from nnsight import LanguageModel
+            >>> model = LanguageModel("nnsight/landmarks")
+            >>> head = model.lm_head
+            >>> head.weight.device, model.dispatch().lm_head is head, head.weight.device
+            (device(type='meta'), True, device(type='cpu'))
+        """
         if not self.dispatched:
             assert self._source is not None
             self._rebind(self._source.load())
@@ -186,7 +208,19 @@ class TransformersModel(NNsight):
         return self
 
     def unmerge_adapter(self: Kind) -> Kind:
-        """Undo `merge_adapter`."""
+        """Undo `merge_adapter`.
+
+        Example:
+            >>> import peft, torch, transformers
+            >>> from nnsight import LanguageModel
+            >>> net = transformers.GPT2LMHeadModel(transformers.GPT2Config(n_layer=1, n_embd=8, n_head=2))
+            >>> lora = peft.LoraConfig(r=2, target_modules=["c_attn"], fan_in_fan_out=True)
+            >>> model = LanguageModel(peft.get_peft_model(net.eval(), lora))
+            >>> weight = model.base_model.model.transformer.h[0].attn.c_attn.base_layer.weight
+            >>> before = weight.clone()
+            >>> model.merge_adapter().unmerge_adapter() is model, torch.allclose(weight, before)
+            (True, True)
+        """
         set_merged(self.dispatch()._module, False)
         return self
 
@@ -302,7 +336,17 @@ class TransformersModel(NNsight):
 
     @property
     def generator(self) -> Generator:
-        """The generation as a whole: `generator.output`, and `generator.streamer.output` token by token."""
+        """The generation as a whole: `generator.output`, and `generator.streamer.output` token by token.
+
+        Example:
+            >>> from nnsight import LanguageModel
+            >>> model = LanguageModel("nnsight/landmarks")
+            >>> with model.generate("The Eiffel Tower is in", max_new_tokens=3) as tracer:
+            ...     tokens = [model.generator.streamer.output for step in tracer.iter[:]]
+            ...     ids = model.generator.output.save()
+            >>> [int(token) for token in tokens] == ids[0, -3:].tolist()
+            True
+        """
         return Generator(self._tree)
 
     def _scan_overrides(self) -> dict[Module, Override]:

@@ -87,11 +87,31 @@ class DiffusionModel(NNsight):
 
     @property
     def pipeline(self) -> Any:
-        """The pipeline itself, loaded."""
+        """The pipeline itself, loaded.
+
+        Example:
+            >>> from diffusers import DDIMScheduler, DDPMPipeline, UNet2DModel
+            >>> from nnsight import DiffusionModel
+            >>> kinds = {"down_block_types": ("DownBlock2D",), "up_block_types": ("UpBlock2D",)}
+            >>> unet = UNet2DModel(sample_size=8, block_out_channels=(8,), norm_num_groups=2, **kinds)
+            >>> model = DiffusionModel(DDPMPipeline(unet, DDIMScheduler()))
+            >>> type(model.pipeline).__name__
+            'DDPMPipeline'
+        """
         return self.dispatch()._module.__dict__["_pipeline"]
 
     def dispatch(self) -> DiffusionModel:
-        """Load the weights, if they are not there yet; envoys taken before stay valid."""
+        """Load the weights, if they are not there yet; envoys taken before stay valid.
+
+        Example:
+            >>> from diffusers import DDIMScheduler, DDPMPipeline, UNet2DModel
+            >>> from nnsight import DiffusionModel
+            >>> kinds = {"down_block_types": ("DownBlock2D",), "up_block_types": ("UpBlock2D",)}
+            >>> unet = UNet2DModel(sample_size=8, block_out_channels=(8,), norm_num_groups=2, **kinds)
+            >>> model = DiffusionModel(DDPMPipeline(unet, DDIMScheduler()))
+            >>> model.dispatched, model.dispatch() is model  # a pipeline of one's own has its weights
+            (True, True)
+        """
         if not self.dispatched:
             assert self._source is not None
             self._rebind(tree_of(self._source.load()))
@@ -195,7 +215,22 @@ class DiffusionModel(NNsight):
         return self.generate(*inputs, trace=trace, **options)
 
     def scan(self, *inputs: Any, strict_order: bool = False, stop_after_last: bool = False, **kwargs: Any) -> Any:
-        """As for `NNsight`, of a single denoising step; the weights are loaded, and the result is left as latents."""
+        """As for `NNsight`, of a single denoising step; the weights are loaded, and the result is left as latents.
+
+        Example:
+            >>> from diffusers import AutoencoderKL, DDIMScheduler, DiTPipeline, DiTTransformer2DModel
+            >>> from nnsight import DiffusionModel
+            >>> sizes = {"num_attention_heads": 2, "attention_head_dim": 8, "num_layers": 1, "sample_size": 8}
+            >>> transformer = DiTTransformer2DModel(**sizes, in_channels=4, out_channels=8, norm_num_groups=2)
+            >>> vae = AutoencoderKL(block_out_channels=(8,), norm_num_groups=2, sample_size=8)
+            >>> model = DiffusionModel(DiTPipeline(transformer, vae, DDIMScheduler()))
+            >>> model.pipeline.set_progress_bar_config(disable=True)
+            >>> with model.scan(class_labels=[3]) as tracer:
+            ...     shape = model.transformer.transformer_blocks[0].output.shape
+            ...     tracer.stop()  # this pipeline makes a picture of numpy's next, and a scan has no numbers
+            >>> shape
+            torch.Size([2, 16, 16])
+        """
         self.dispatch()
         options = {"num_inference_steps": 1, "output_type": "latent", **kwargs}
         return super().scan(*inputs, strict_order=strict_order, stop_after_last=stop_after_last, **options)
