@@ -15,6 +15,7 @@ from ._adapters import Adapter
 
 _BUNDLED = Path(__file__).parent.parent / "_bundled"
 _CONFIG_OPTIONS = ("revision", "trust_remote_code", "token", "cache_dir", "local_files_only", "subfolder")
+_BAD_OPTIONS = (ValueError, TypeError, AttributeError, ImportError)  # what transformers raises for them
 _SHAPE_OPTIONS = ("trust_remote_code", "attn_implementation", "dtype", "torch_dtype")
 
 
@@ -41,7 +42,7 @@ class Source:
         self.name = name
         self.location = resolve(name)
         self.options = dict(options)
-        options.setdefault("trust_remote_code", False)  # transformers would ask on the terminal
+        options["trust_remote_code"] = bool(options.get("trust_remote_code"))  # else transformers asks on the terminal
         self._options = options
         adapter = options.pop("peft", None)
         self._adapter = None if adapter is None else Adapter(adapter, self._file_options("token", "cache_dir"))
@@ -80,10 +81,17 @@ class Source:
 
     def build_empty(self) -> Module:
         """The model's modules on the meta device: shapes, no weights."""
-        allowed = {name: self._options[name] for name in _SHAPE_OPTIONS if self._options.get(name, "auto") != "auto"}
-        build = getattr(self._class, "from_config", None) or self._class._from_config
+        given = {name: self._options.get(name) for name in _SHAPE_OPTIONS}
+        options = {name: value for name, value in given.items() if value is not None and value != "auto"}
+        build = getattr(self._class, "from_config", None)
+        if build is None:  # a class of transformers' own
+            build = self._class._from_config
+            del options["trust_remote_code"]
         with torch.device("meta"):
-            model = build(self.config, **allowed)
+            try:
+                model = build(self.config, **options)
+            except _BAD_OPTIONS as error:
+                raise self._refused(error) from error
             if self._adapter is not None:
                 self._adapter.add_empty(model)
             return model.eval()
@@ -95,10 +103,18 @@ class Source:
                 model = self._class.from_pretrained(self.location, config=self.config, **self._options)
         except OSError as error:
             raise self._not_found(error) from error
+        except _BAD_OPTIONS as error:
+            raise self._refused(error) from error
         if self._adapter is not None:
             with _quiet_progress(True):
                 self._adapter.load(model)
         return model.eval()
+
+    def _refused(self, error: Exception) -> LoadError:
+        options = [f"{name}={value!r}" for name, value in self._options.items() if name in self.options]
+        return LoadError(
+            _REFUSED.format(name=self.name, options=", ".join(options) or "none", reason=first_line(error))
+        )
 
     def _not_found(self, error: Exception) -> LoadError:
         if "trust_remote_code" in str(error):
@@ -161,6 +177,9 @@ peft=… is about loading, and a module of your own is used as it stands: give t
 
 _NO_PROCESSOR = """\
 The {what} of {name!r} could not be loaded ({reason}). Pass {what}=… where you make the model, or give it tensors."""
+
+_REFUSED = """\
+transformers could not make the model {name!r} with these options ({options}): {reason}"""
 
 _CUSTOM_CODE = """\
 The model {name!r} brings Python code of its own, which is not run unasked. Read it, and pin it: \
