@@ -9,7 +9,7 @@ import torch
 import transformers as tf
 from torch.nn import Module
 
-from nnsight import TransformersModel
+from nnsight import LanguageModel, TransformersModel
 from nnsight.errors import OrderError
 
 from . import small
@@ -101,3 +101,90 @@ def test_steps_that_cannot_be_counted_are_refused() -> None:
         ids = model.generator.output.save()
     assert first.shape == (2, 1, 20)
     assert ids.shape == (2, 9)
+
+
+# --- what the model itself is called with at each step ------------------------------------------------------------
+
+
+def gpt2() -> Module:
+    config = tf.GPT2Config(n_layer=2, n_embd=32, n_head=4, vocab_size=22, bos_token_id=1, eos_token_id=2)
+    return small.lively(tf.GPT2LMHeadModel(config))
+
+
+GREEDY = {"max_new_tokens": 4, "min_new_tokens": 4, "do_sample": False, "pad_token_id": 0}
+
+
+def hooked_inputs(net: Any) -> list[dict[str, Any]]:
+    seen: list[dict[str, Any]] = []
+    handle = net.register_forward_pre_hook(lambda _m, _a, kwargs: seen.append(dict(kwargs)), with_kwargs=True)
+    net.generate(IDS, **GREEDY)
+    handle.remove()
+    return seen
+
+
+@pytest.mark.parametrize("form", ["loop", "block", "next", "all"])
+def test_inputs_of_the_model_at_each_step(form: str) -> None:
+    net = gpt2()
+    model, expected = LanguageModel(net), hooked_inputs(gpt2())
+    ids, positions, hidden = [], [], []
+
+    def read() -> None:
+        ids.append(model.input)
+        positions.append(model.inputs[1]["position_ids"])
+        hidden.append(model.transformer.h[0].output.shape[1])
+
+    with model.generate(IDS, **GREEDY) as tracer:
+        if form == "loop":
+            for _ in tracer.iter[:]:
+                read()
+        elif form == "block":
+            with tracer.iter[:]:
+                read()
+        elif form == "all":
+            with tracer.all():
+                read()
+        else:
+            for step in range(4):
+                read()
+                if step < 3:
+                    tracer.next()
+    assert hidden == [3, 1, 1, 1]
+    for step, plain in enumerate(expected):
+        assert torch.equal(ids[step], plain["input_ids"])
+        assert torch.equal(positions[step], plain["position_ids"])
+    assert len(ids) == len(expected) == 4
+
+
+def test_inputs_of_the_model_are_changed_at_one_step() -> None:
+    net, seen = gpt2(), []
+
+    def other_token(_module: Any, args: Any, kwargs: dict[str, Any]) -> Any:
+        seen.append(1)
+        return (args, {**kwargs, "input_ids": kwargs["input_ids"] * 0 + 9}) if len(seen) == 3 else None
+
+    handle = net.register_forward_pre_hook(other_token, with_kwargs=True)
+    expected = net.generate(IDS, **GREEDY)
+    handle.remove()
+    model = LanguageModel(net)
+    with model.generate(IDS, **GREEDY) as tracer:
+        for _ in tracer.iter[2]:
+            args, kwargs = model.inputs
+            model.inputs = args, {**kwargs, "input_ids": kwargs["input_ids"] * 0 + 9}
+        ids = model.generator.output.save()
+    assert torch.equal(ids, expected)
+    assert not torch.equal(ids, net.generate(IDS, **GREEDY))
+
+
+def test_inputs_of_the_model_in_invokes() -> None:
+    model = LanguageModel(gpt2())
+    found: dict[int, list[torch.Tensor]] = {0: [], 1: []}
+    with model.generate(**GREEDY) as tracer:
+        for row in (0, 1):
+            with tracer.invoke(IDS[row : row + 1]):
+                with tracer.iter[:]:
+                    found[row].append(model.input)
+                    model.lm_head.output[:, -1, 7] = 1e4 if row else -1e4
+    for row in (0, 1):
+        assert torch.equal(found[row][0], IDS[row : row + 1])
+        assert [tuple(ids.shape) for ids in found[row][1:]] == [(1, 1)] * 3
+        assert all(bool((ids == 7).all()) == bool(row) for ids in found[row][1:])
