@@ -384,9 +384,10 @@ class Run:
 
     def _begin(self) -> None:
         """In the model's coroutine, before the forward: let the deferred blocks run to their first request."""
-        for worker in self.workers:
-            while worker.request is None and worker.is_ready():
-                self._let_run(worker)
+        while ready := [w for w in self.workers if w.request is None and w.is_ready()]:
+            for worker in ready:  # one may bring about what another waits for
+                while worker.request is None and worker.is_ready():
+                    self._let_run(worker)
 
     def _scoped(self, visit: Visit, kind: str, value: Any, rows: Rows) -> Scoped:
         scoped = visit.scoped
