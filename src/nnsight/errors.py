@@ -10,6 +10,7 @@ NNsightError
 ├── WaitError                         blocks wait for something that cannot come
 ├── UnknownPathError (AttributeError) no module or attribute of that name
 ├── NamesError (AttributeError)       a name of the vocabulary that this model cannot serve
+│   └── NoLayerError (IndexError)     a layer of a number that the model does not have
 ├── EditError (TypeError, ValueError) a value cannot be put where it was assigned
 ├── RowsError                         an invoke's rows cannot be told apart at a place
 ├── GradientError                     a gradient that cannot be had
@@ -68,6 +69,10 @@ class UnknownPathError(NNsightError, AttributeError):
 
 class NamesError(NNsightError, AttributeError):
     """A name of the vocabulary that a model, or one of its layers, cannot serve."""
+
+
+class NoLayerError(NamesError, IndexError):
+    """A layer of a number that the model does not have."""
 
 
 class EditError(NNsightError, TypeError, ValueError):

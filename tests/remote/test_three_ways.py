@@ -76,6 +76,17 @@ def test_edits_in_place_and_by_assignment(model, where, plain):
     assert torch.equal(logits, plain.run(PROMPT, edits)["lm_head"])
 
 
+def test_the_forward_ends_after_the_last_request(model, where, plain):
+    with model.trace(PROMPT, stop_after_last=True, **where):
+        model.transformer.h[1].output[0][:, -1] = 0
+        hidden = model.transformer.h[3].output[0].save()
+
+    def zero(hidden):
+        hidden[:, -1] = 0
+
+    assert torch.equal(hidden, plain.run(PROMPT, {"transformer.h.1": zero})["transformer.h.3"])
+
+
 def test_invokes_share_values(model, where, plain):
     with model.trace(**where) as tracer:
         with tracer.invoke(PROMPT):
@@ -349,6 +360,16 @@ def test_errors_of_nnsight_are_its_own(model, where):
             hidden = model.transformer.h[4].output[0]
             model.transformer.h[1].output = hidden
     assert traceback.extract_tb(caught.value.__traceback__)[-1].line == "model.transformer.h[1].output = hidden"
+
+
+def test_an_intervention_as_data_does_not_travel_unsaid(gpt2):
+    from nnsight.errors import TravelError
+    from nnsight.experiments import Intervention, InterventionSpec
+
+    with pytest.raises(TravelError, match="cannot travel yet"):
+        with gpt2.apply(InterventionSpec(Intervention("mlp_out[0]", "zero"))):
+            with gpt2.trace(PROMPT, backend="local-process"):
+                hidden = gpt2.mlp_out[0].save()
 
 
 def test_a_block_under_no_grad(model, where):

@@ -15,8 +15,8 @@ from ._leaves import leaves_of, objects_in
 from ._tensors import Snapshot, has_changed, holds_others, snapshot, tensors_in
 
 if TYPE_CHECKING:
+    from ._call import Call
     from ._instrument import Instruments
-    from ._run import Call
     from ._visit import Visit
 
 

@@ -17,6 +17,7 @@ from ..trace import IN_A_TRACE, Edit, Editing, FunctionEdit, Given, Prepared, Sc
 from ._apply import Applied, Intervention, edits_of
 from ._batch import join_inputs
 from ._elsewhere import open_elsewhere
+from ._offload import without_offload
 from ._probe import choose_rows, select_rows
 
 
@@ -77,10 +78,24 @@ class NNsight(Named):
         return self._module
 
     @overload
-    def trace(self, *inputs: Any, trace: Literal[True] = True, strict_order: bool = False, **kwargs: Any) -> Tracer: ...
+    def trace(
+        self,
+        *inputs: Any,
+        trace: Literal[True] = True,
+        strict_order: bool = False,
+        stop_after_last: bool = False,
+        **kwargs: Any,
+    ) -> Tracer: ...
     @overload
     def trace(self, *inputs: Any, trace: Literal[False], strict_order: bool = False, **kwargs: Any) -> Any: ...
-    def trace(self, *inputs: Any, trace: bool = True, strict_order: bool = False, **kwargs: Any) -> Any:
+    def trace(
+        self,
+        *inputs: Any,
+        trace: bool = True,
+        strict_order: bool = False,
+        stop_after_last: bool = False,
+        **kwargs: Any,
+    ) -> Any:
         """Run the model once, with a block that reads and changes what happens inside.
 
         Example:
@@ -95,6 +110,9 @@ class NNsight(Named):
             *inputs: What the model is called with.
             trace: False calls the model plainly and returns its result.
             strict_order: Make reading a place that has passed an error; otherwise a second forward pass serves it.
+            stop_after_last: End the forward once the block's last request was served: what comes after is not run. The
+                blocks of all invokes are waited for, and the modules named in `tracer.cache(modules=...)`; stored edits count
+                up to there. A request for the result (`tracer.result`, `model.output`) is one for the whole forward.
             **kwargs: Keyword arguments of the forward; `remote=True`, `timeout=` (seconds), `blocking=False` and
                 `backend="local-process"` run the block elsewhere.
 
@@ -104,11 +122,12 @@ class NNsight(Named):
         Raises:
             NoInputError: Neither here nor in an invoke was the model given an input.
         """
-        elsewhere = open_elsewhere(self, "trace", inputs, kwargs, strict_order=strict_order)
+        elsewhere = open_elsewhere(self, "trace", inputs, kwargs, strict_order, stop_after_last)
         if elsewhere is not None:
             return elsewhere
         given = self._take_given(inputs, kwargs)
         if not trace:
+            check_block(stop_after_last)
             return self._prepare([given] if given else [], kwargs).call()
         return Tracer(
             self._tree,
@@ -116,9 +135,10 @@ class NNsight(Named):
             given,
             edits=self._edits,
             strict_order=strict_order,
+            stop_after_last=stop_after_last,
         )
 
-    def scan(self, *inputs: Any, strict_order: bool = False, **kwargs: Any) -> Any:
+    def scan(self, *inputs: Any, strict_order: bool = False, stop_after_last: bool = False, **kwargs: Any) -> Any:
         """Trace shapes and dtypes only: nothing is computed, and weights need not be there.
 
         Values inside the block, and after it, are fake tensors, which know their shape, strides, dtype and
@@ -138,6 +158,7 @@ class NNsight(Named):
         Args:
             *inputs: As for `trace`.
             strict_order: As for `trace`.
+            stop_after_last: As for `trace`.
             **kwargs: As for `trace`.
 
         Returns:
@@ -147,7 +168,7 @@ class NNsight(Named):
             NoInputError: The model was given no input.
             ScanError: A shape depends on values; the message names the module.
         """
-        elsewhere = open_elsewhere(self, "scan", inputs, kwargs, strict_order=strict_order)
+        elsewhere = open_elsewhere(self, "scan", inputs, kwargs, strict_order, stop_after_last)
         if elsewhere is not None:
             return elsewhere
         given = self._take_given(inputs, kwargs)
@@ -157,12 +178,13 @@ class NNsight(Named):
             given,
             edits=self._edits,
             strict_order=strict_order,
+            stop_after_last=stop_after_last,
         )
         return tracer.with_overrides(self._scan_overrides())
 
     def _scan_overrides(self) -> dict[Module, Override]:
-        """Forwards to use in a scan in place of those whose shapes depend on values."""
-        return {}
+        """Forwards to use in a scan in place of those that cannot run without values."""
+        return without_offload(self._module)
 
     def session(self, **options: Any) -> Any:
         """Group traces that belong together; values of one are ordinary variables in the next.
@@ -302,6 +324,12 @@ class NNsight(Named):
         twin._edits = list(self._edits)
         twin._children, twin._indexed = {}, {}
         return twin
+
+
+def check_block(stop_after_last: bool) -> None:
+    """Refuse what is about a block's requests where there is no block."""
+    if stop_after_last:
+        raise InputError("stop_after_last=True is about what a block asks for: leave it out with trace=False.")
 
 
 NO_INPUT = """\

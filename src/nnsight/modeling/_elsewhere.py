@@ -30,7 +30,12 @@ def set_opener(opener: Open) -> None:
 
 
 def open_elsewhere(
-    model: Any, method: str, args: tuple[Any, ...], kwargs: dict[str, Any], *, strict_order: bool = False
+    model: Any,
+    method: str,
+    args: tuple[Any, ...],
+    kwargs: dict[str, Any],
+    strict_order: bool = False,
+    stop_after_last: bool = False,
 ) -> Any:
     """A tracer that sends its block away, None where the options in `kwargs`, which are taken out, do not ask for that."""
     if not any(name in kwargs for name in _NAMES[:2]):
@@ -41,5 +46,7 @@ def open_elsewhere(
         raise InputError(f"There is no backend {backend!r}; there is: {', '.join(BACKENDS)}.")
     if not (options.get("remote") or backend) or model._is_served:
         return None
+    if stop_after_last:
+        kwargs["stop_after_last"] = True
     elsewhere = Elsewhere(backend, options.get("blocking", True), float(options.get("timeout") or DEFAULT_TIMEOUT))
     return _openers[0](model, elsewhere, method, args, kwargs, strict_order)

@@ -37,6 +37,7 @@ class EditWorker(Worker):
     """The worker of a stored block, which knows what the block asked for in the first step."""
 
     __slots__ = ("_before", "_first", "_requests")
+    lasting = True
 
     def __init__(self, run: Run, label: str) -> None:
         super().__init__(run, label)

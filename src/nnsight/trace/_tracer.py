@@ -67,11 +67,13 @@ class Tracer:
         *,
         edits: Sequence[Edit | FunctionEdit] = (),
         strict_order: bool = False,
+        stop_after_last: bool = False,
     ) -> None:
         self._tree = tree
         self._prepare: Prepare | None = prepare
         self._edits = edits
         self._strict = strict_order
+        self._early = stop_after_last
         self._run: Run | None = None
         self._worker: Worker | None = None
         self._given = [given] if given is not None else []
@@ -86,7 +88,9 @@ class Tracer:
         tree = self._tree
         if tree.due is not None and self._computes:
             tree.due()
-        run = self._run = Run(tree.instruments, tree.stepper or tree.root, self._make_call, strict=self._strict)
+        stepper = tree.stepper or tree.root
+        run = Run(tree.instruments, stepper, self._make_call, strict=self._strict, early=self._early)
+        self._run = run
         for edit in self._edits:
             edit.add_to(run)
         worker = self._worker = Worker(run, "the body of the trace")
