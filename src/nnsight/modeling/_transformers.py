@@ -176,10 +176,8 @@ class TransformersModel(NNsight):
         """
         if not self.dispatched:
             assert self._source is not None
-            self._rebind(self._source.load())
-            self._tree.rebind(self._module)
+            self._take(self._source.load())
             self._tree.present = Presenter(self._module)
-            self.dispatched = True
         return self
 
     def merge_adapter(self: Kind) -> Kind:

@@ -27,6 +27,7 @@ from ._messages import Person as Person
 from ._messages import Refusal as Refusal
 from ._messages import ServerInfo as ServerInfo
 from ._messages import Status as Status
+from ._messages import StoredIntervention as StoredIntervention
 from ._messages import Versions as Versions
 from ._nodes import Container as Container
 from ._nodes import DefinitionNode as DefinitionNode
@@ -36,6 +37,7 @@ from ._nodes import ImportNode as ImportNode
 from ._nodes import InstanceNode as InstanceNode
 from ._nodes import ModuleNode as ModuleNode
 from ._nodes import Node as Node
+from ._nodes import SiteNode as SiteNode
 from ._nodes import Tree as Tree
 from ._tensors import TensorInfo as TensorInfo
 from ._tensors import TensorWriter as TensorWriter

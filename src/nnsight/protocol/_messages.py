@@ -37,7 +37,7 @@ class BlockText(Message):
     names_global: list[str]
 
 
-class BoundBlock(Message):
+class BoundBlock(Message, tag="block"):
     """A block with the variables it sees: those of its function, unbound ones without a value, and its globals."""
 
     block: BlockText
@@ -72,10 +72,16 @@ class ModuleText(Message):
     source: str
 
 
+class StoredIntervention(Message, tag="intervention"):
+    """An intervention as data, an object with `prepare`."""
+
+    value: Value
+
+
 class ModelState(Message):
     """A model object that the block names: the served model with these edits and names."""
 
-    edits: list[BoundBlock] = []
+    edits: list[BoundBlock | StoredIntervention] = []
     rename: dict[str, str] | None = None
 
 

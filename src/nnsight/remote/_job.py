@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import builtins
+import dataclasses
 import inspect
 from collections.abc import Mapping, Sequence
 from types import BuiltinFunctionType, FunctionType, MethodType, ModuleType
@@ -15,6 +16,7 @@ from .._capture import Block, Scope
 from ..envoy import Envoy
 from ..errors import TravelError
 from ..modeling import NNsight
+from ..names import Site
 from ..protocol import (
     VERSION,
     BlockText,
@@ -31,8 +33,11 @@ from ..protocol import (
     ModuleText,
     Namespace,
     Node,
+    SiteNode,
+    StoredIntervention,
     write_frame,
 )
+from ..trace import Edit
 from ._code import free_variables, globals_of, is_installed, registered, source_of
 from ._unsaved import NotSaved
 
@@ -151,6 +156,8 @@ class JobWriter:
     def _extend(self, encoder: Encoder, value: Any) -> Node | None:
         if isinstance(value, Envoy):
             return self._envoy(value)
+        if isinstance(value, Site):
+            return self._site(value)
         if isinstance(value, ModuleType):
             return self._module(value)
         if isinstance(value, type) or callable(value):
@@ -168,6 +175,11 @@ class JobWriter:
             raise TravelError(f"{envoy.path} cannot travel: it belongs to another model than the one that is traced.")
         return EnvoyNode(0, envoy.path.removeprefix("model").removeprefix("."))
 
+    def _site(self, site: Site) -> SiteNode:
+        if site.module._tree is not self._order.model._tree:
+            raise TravelError(f"{site} cannot travel: it belongs to another model than the one that is traced.")
+        return SiteNode(site.name, site.layer, site.stack)
+
     def _model(self, model: NNsight) -> int:
         number = next((i for i, known in enumerate(self._models) if known is model), None)
         if number is not None:
@@ -181,7 +193,11 @@ class JobWriter:
         state = ModelState([], model._rename)
         self._states.append(state)
         for edit in model._edits:
-            state.edits.append(self._bound(edit._block, edit._scope))
+            if isinstance(edit, Edit):
+                state.edits.append(self._bound(edit.block, edit.scope))
+            else:
+                value = self._encoder.encode(edit.intervention, "an intervention")
+                state.edits.append(StoredIntervention(value))
         return number
 
     def _part_of_model(self, value: Any) -> EnvoyNode | None:
@@ -233,9 +249,11 @@ class JobWriter:
         return number
 
     def _instance(self, encoder: Encoder, value: Any) -> Node | None:
-        """An object of the user's own class, or a module of PyTorch: its class and its attributes."""
+        """An object of the user's own class, a module of PyTorch, or data of nnsight: its class and its attributes."""
         cls = type(value)
-        own = not is_installed(cls.__module__)
+        own = not is_installed(cls.__module__) or (
+            cls.__module__.startswith("nnsight.") and dataclasses.is_dataclass(cls)
+        )
         if not (isinstance(value, Module) or own) or isinstance(
             value, (Mapping, Sequence, torch.Tensor, BaseException)
         ):

@@ -14,9 +14,20 @@ import torch
 
 from .._capture import Block, Scope, bind
 from ..errors import NNsightError, ProtocolError
-from ..modeling import LanguageModel, NNsight
-from ..protocol import Answer, Encoder, Event, Failure, Job, TensorWriter, read_job, write_frame
-from ..trace import Edit, collecting_saves
+from ..modeling import LanguageModel, NNsight, edit_of
+from ..protocol import (
+    Answer,
+    BoundBlock,
+    Encoder,
+    Event,
+    Failure,
+    Job,
+    StoredIntervention,
+    TensorWriter,
+    read_job,
+    write_frame,
+)
+from ..trace import Edit, InterventionEdit, collecting_saves
 from ._answer import Given, write_answer
 from ._failure import describe_failure
 from ._rebuild import Files, JobReader
@@ -54,7 +65,8 @@ def _run(job: Job, reader: JobReader, served: NNsight) -> tuple[Answer, TensorWr
     models = _models(job, served)
     reader.models = models
     for model, state in zip(models, job.models, strict=True):
-        model._edits = [Edit(*reader.bound(edit)) for edit in state.edits]
+        for edit in state.edits:
+            model._edits.append(_edit(edit, model, reader))
     block, scope = reader.bound(job.main)
     args = tuple(reader.decode(value) for value in job.args)
     kwargs = {name: reader.decode(value) for name, value in job.kwargs.items()}
@@ -64,6 +76,15 @@ def _run(job: Job, reader: JobReader, served: NNsight) -> tuple[Answer, TensorWr
         _run_block(models[0], job, block, scope, args, kwargs)
     encoder = Encoder(given.extend, data_only=True)
     return write_answer(encoder, block, scope, saved, given), encoder.tensors
+
+
+def _edit(edit: BoundBlock | StoredIntervention, model: NNsight, reader: JobReader) -> Edit | InterventionEdit:
+    if isinstance(edit, BoundBlock):
+        return Edit(*reader.bound(edit))
+    intervention = reader.decode(edit.value)
+    if not callable(getattr(intervention, "prepare", None)):
+        raise ProtocolError(f"a {type(intervention).__name__} is no intervention")
+    return edit_of(model, intervention)
 
 
 def _run_block(
@@ -134,7 +155,8 @@ def _warnings_to(emit: Emit) -> Iterator[None]:
 
 
 def _failure(error: BaseException, job: Job, reader: JobReader | None) -> Failure:
-    blocks = [job.main, *(edit for state in job.models for edit in state.edits)]
+    edits = [edit for state in job.models for edit in state.edits if isinstance(edit, BoundBlock)]
+    blocks = [job.main, *edits]
     files = {bound.block.filename for bound in blocks} | {text.filename for text in job.definitions}
     files |= {module.filename for module in job.modules}
 

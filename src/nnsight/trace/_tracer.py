@@ -38,7 +38,7 @@ from ._steps import Steps, StepSelector
 
 if TYPE_CHECKING:
     from ..envoy import Tree
-    from ._edit import Edit, FunctionEdit
+    from ._edit import Edit, InterventionEdit
 
 
 class Tracer:
@@ -65,7 +65,7 @@ class Tracer:
         prepare: Prepare,
         given: Given | None = None,
         *,
-        edits: Sequence[Edit | FunctionEdit] = (),
+        edits: Sequence[Edit | InterventionEdit] = (),
         strict_order: bool = False,
     ) -> None:
         self._tree = tree
