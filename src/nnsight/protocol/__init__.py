@@ -17,9 +17,12 @@ from ._messages import Definition as Definition
 from ._messages import Event as Event
 from ._messages import Failure as Failure
 from ._messages import Job as Job
+from ._messages import JobList as JobList
 from ._messages import JobState as JobState
+from ._messages import JobSummary as JobSummary
 from ._messages import Line as Line
 from ._messages import ModelInfo as ModelInfo
+from ._messages import ModelOrder as ModelOrder
 from ._messages import ModelState as ModelState
 from ._messages import ModuleText as ModuleText
 from ._messages import Namespace as Namespace

@@ -172,6 +172,23 @@ class JobState(Message):
     error: Failure | None = None
 
 
+class JobSummary(Message):
+    """One of a user's jobs in a list; times are seconds since 1970."""
+
+    id: str
+    model: str
+    status: Status
+    position: int
+    created: float
+    ended: float | None
+
+
+class JobList(Message):
+    """The jobs of a user."""
+
+    jobs: list[JobSummary]
+
+
 class Versions(Message):
     """What the server runs."""
 
@@ -183,12 +200,25 @@ class Versions(Message):
 
 
 class ModelInfo(Message):
-    """A served model: whether a replica of it can take jobs, and how many wait for it."""
+    """A served model: whether a replica of it can take jobs, how many jobs wait for it and run on it.
+
+    `failure` says that it is not there, and to administrators why.
+    """
 
     name: str
     revision: str | None
     running: bool
     queued: int
+    active: int = 0
+    replicas: int = 1
+    ready: int = 0
+    failure: str | None = None
+
+
+class ModelOrder(Message):
+    """A model to serve: its name, with @revision where one is meant."""
+
+    model: str
 
 
 class ServerInfo(Message):
@@ -198,6 +228,7 @@ class ServerInfo(Message):
     models: list[ModelInfo]
     trusted: bool
     limits: dict[str, int]
+    started: float = 0.0
 
 
 class Person(Message):

@@ -11,12 +11,15 @@ from fastapi import FastAPI
 
 from ..modeling import LanguageModel, NNsight
 from ..sandbox import execute
-from ._app import Service, make_app
+from ._app import make_app
+from ._fleet import Fleet, ServedError
 from ._keys import Keys
 from ._limits import Limits
+from ._monitor import Monitor
 from ._news import News
 from ._queue import Queue
 from ._replica import Emit, Replica
+from ._service import Service
 from ._store import Store
 
 KEY = "embedded"
@@ -45,11 +48,17 @@ class ThreadRunner:
 def embed(model: NNsight) -> FastAPI:
     """A server for `model` alone, which lives as long as the application that is returned."""
     folder = tempfile.TemporaryDirectory(prefix="nnsight-")
-    limits, news = Limits(), News()
+    limits, news, monitor = Limits(), News(), Monitor()
     store = Store(Path(folder.name))
-    queue = Queue(store, limits, news)
+    queue = Queue(store, limits, news, monitor)
     replica = Replica(KEY, ThreadRunner(_served(model)), queue, news, limits)
-    app = make_app(Service(queue, [replica], Keys(None), limits, news, trusted=True))
+
+    def make(name: str) -> list[Replica]:
+        if name != KEY:
+            raise ServedError("A server inside a process serves one model.")
+        return [replica]
+
+    app = make_app(Service(queue, Fleet([KEY], make, queue), Keys(None), limits, news, monitor, trusted=True))
     replica.start()
     weakref.finalize(app, _close, replica, store, folder)
     return app

@@ -158,7 +158,7 @@ class ConfinedRunner(ModelProcess):
 
     def _fork(self, theirs: socket.socket) -> int:
         assert self._socket is not None
-        command = FORK + str(self._limits.seconds).encode()
+        command = FORK + f"{self._limits.memory} {self._limits.seconds}".encode()
         with self._control:
             try:
                 self._socket.settimeout(_CONTROL)

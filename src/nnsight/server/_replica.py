@@ -2,17 +2,15 @@
 
 from __future__ import annotations
 
-import logging
 import threading
 from typing import Protocol
 
 from ..protocol import Event
-from ..sandbox import summary
 from ._limits import Limits
+from ._monitor import log
 from ._news import News
 from ._queue import Claim, Queue
 
-_log = logging.getLogger("nnsight.server")
 _BEAT = 0.25
 _CHECK = 5.0
 
@@ -82,6 +80,8 @@ class Replica:
             try:
                 self._runner.start()
                 self.failure = None
+                if not self.ready.is_set():
+                    log.info("replica ready", extra={"model": self.model})
                 self.ready.set()
                 claim = self._next()
                 if claim is not None:
@@ -89,10 +89,10 @@ class Replica:
             except DiedError as error:
                 self.ready.clear()
                 self.failure = str(error)
-                _log.error("replica of %s: %s", self.model, error)
+                log.error("replica failed", extra={"model": self.model, "reason": str(error)})
                 self._ending.wait(1.0)
             except Exception as error:  # the database was locked for too long, the disk is full
-                _log.exception("replica of %s: %s", self.model, summary(error))
+                log.error("replica out of order", extra={"model": self.model, "error": type(error).__name__})
                 self._ending.wait(1.0)
 
     def _next(self) -> Claim | None:
@@ -121,7 +121,7 @@ class Replica:
             raise
         except DiedError as error:
             if watch.reason is None:
-                _log.warning("job %s of %s: %s", claim.id, self.model, error)
+                log.warning("job lost", extra={"job": claim.id, "model": self.model, "reason": str(error)})
             done.set()
             watch.join()
             if watch.reason == "cancelled":
