@@ -4,6 +4,7 @@
 #   make test     the whole suite; PYTEST_ARGS="-k name -x" is handed to pytest
 #   make check    lint, types and tests: what a change must pass
 #   make lint     ruff and pyright alone
+#   make browser  a Chromium for the tests of pages, where there is none and it may be installed
 #   make bench    what tracing costs
 #   make families run the tests of every family of models, and write docs/families.md from what they showed
 #   make clean    remove .venv and the caches
@@ -17,12 +18,12 @@ VENV := .venv
 BIN := $(VENV)/bin
 MAKEFLAGS += --no-print-directory
 
-.PHONY: demo test check lint bench families clean
+.PHONY: demo test check lint browser bench families clean
 
 demo: $(VENV)/.demo
 	$(BIN)/nnsight demo
 
-test: $(VENV)/.dev
+test: $(VENV)/.dev browser
 	$(BIN)/pytest $(PYTEST_ARGS)
 
 check: lint test
@@ -31,6 +32,14 @@ lint: $(VENV)/.dev
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/pyright
+
+browser:
+	@command -v chromium google-chrome chromium-browser >/dev/null && exit; \
+	if [ "$$(id -u)" = 0 ] && command -v apt-get >/dev/null; then \
+		echo "installing chromium"; \
+		apt-get install -y -qq chromium >/dev/null || { apt-get update -qq && apt-get install -y -qq chromium >/dev/null; }; \
+	fi; \
+	command -v chromium google-chrome chromium-browser >/dev/null || echo "no browser: tests of pages will be skipped" >&2
 
 bench: $(VENV)/.demo
 	@test -f benchmarks/trace_overhead.py || { echo "there are no benchmarks yet" >&2; exit 1; }
