@@ -21,6 +21,7 @@ os.environ |= {
     "HF_HUB_CACHE": str(HF_HOME / "hub"),
     "HF_HUB_OFFLINE": "1",
     "TRANSFORMERS_OFFLINE": "1",
+    "XDG_CONFIG_HOME": str(HF_HOME / "config"),  # no login of the person who runs the tests
 }
 os.environ.setdefault("OMP_NUM_THREADS", "1")  # models this small run faster on one core than threads start
 

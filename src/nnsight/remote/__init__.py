@@ -5,5 +5,11 @@ from ._ask import is_model_running as is_model_running
 from ._ask import status as status
 from ._ask import whoami as whoami
 from ._code import register as register
+from ._manage import cancel_job as cancel_job
+from ._manage import deploy as deploy
+from ._manage import evict as evict
+from ._manage import find_job as find_job
+from ._manage import list_jobs as list_jobs
+from ._manage import state_of as state_of
 from ._open import open_remote as open_remote
 from ._tracer import RemoteTracer as RemoteTracer
