@@ -100,8 +100,8 @@ class NNsight(Named):
             *inputs: What the model is called with.
             trace: False calls the model plainly and returns its result.
             strict_order: Make reading a place that has passed an error; otherwise a second forward pass serves it.
-            **kwargs: Keyword arguments of the forward; `remote=True`, `timeout=` (seconds), `blocking=False` and
-                `backend="local-process"` run the block elsewhere.
+            **kwargs: Keyword arguments of the forward; `remote=True`, `timeout=` (seconds), `blocking=False`, `solo=True` (in
+                no forward that other jobs share) and `backend="local-process"` run the block elsewhere.
 
         Returns:
             A `Tracer` to use in a `with` statement, or with `trace=False` what the model returns.

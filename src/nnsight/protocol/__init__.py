@@ -29,6 +29,7 @@ from ._messages import Namespace as Namespace
 from ._messages import Person as Person
 from ._messages import Refusal as Refusal
 from ._messages import ServerInfo as ServerInfo
+from ._messages import Shared as Shared
 from ._messages import Status as Status
 from ._messages import StoredIntervention as StoredIntervention
 from ._messages import Versions as Versions

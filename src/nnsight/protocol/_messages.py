@@ -106,6 +106,7 @@ class Job(Message, tag="job"):
     strict_order: bool = False
     seed: int = 0
     timeout: float = 600.0
+    solo: bool = False
 
 
 class Line(Message):
@@ -159,6 +160,13 @@ class Event(Message):
     category: str = ""
     filename: str = ""
     line: int = 0
+
+
+class Shared(Message):
+    """What jobs that were run together have left, each by itself; None where it must be run alone."""
+
+    answers: list[bytes | None]
+    events: list[list[Event]]
 
 
 class JobState(Message):

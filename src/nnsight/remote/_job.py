@@ -64,6 +64,7 @@ class Order(NamedTuple):
     kwargs: dict[str, Any]
     strict_order: bool
     timeout: float
+    solo: bool
 
 
 class JobWriter:
@@ -110,6 +111,7 @@ class JobWriter:
             strict_order=order.strict_order,
             seed=int(torch.randint(2**62, ()).item()),
             timeout=order.timeout,
+            solo=order.solo,
         )
         frame = write_frame(job, self._encoder.tensors)
         return Written(frame, self._encoder.containers, self._encoder.tensors.sources, self._definitions)

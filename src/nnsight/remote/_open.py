@@ -58,7 +58,7 @@ def open_remote(
         key, revision = "embedded", None
     else:
         found, (key, revision) = connection(), _key(model)
-    order = Order(model, key, revision, method, args, kwargs, strict_order, elsewhere.timeout)
+    order = Order(model, key, revision, method, args, kwargs, strict_order, elsewhere.timeout, elsewhere.solo)
     return RemoteTracer(found, order, blocking=elsewhere.blocking)
 
 

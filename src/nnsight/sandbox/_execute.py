@@ -51,7 +51,7 @@ def execute(frame: bytes, served: NNsight, emit: Emit, *, forward_warnings: bool
         return write_frame(describe_failure(error, lambda _: False))
     reader: JobReader | None = None
     try:
-        reader = JobReader(job, payload, _printer(emit))
+        reader = JobReader(job, payload, printer(emit))
         with _warnings_to(emit) if forward_warnings else nullcontext():
             answer, tensors = _run(job, reader, served)
         return write_frame(answer, tensors)
@@ -62,7 +62,7 @@ def execute(frame: bytes, served: NNsight, emit: Emit, *, forward_warnings: bool
 
 
 def _run(job: Job, reader: JobReader, served: NNsight) -> tuple[Answer, TensorWriter]:
-    models = _models(job, served)
+    models = models_for(job, served)
     reader.models = models
     for model, state in zip(models, job.models, strict=True):
         for edit in state.edits:
@@ -105,7 +105,7 @@ def _run_block(
                 run(target)
 
 
-def _models(job: Job, served: NNsight) -> list[NNsight]:
+def models_for(job: Job, served: NNsight) -> list[NNsight]:
     """A model object for each that the block names, sharing the served one's modules."""
     if not job.models:
         raise ProtocolError("the job names no model")
@@ -127,7 +127,7 @@ def _renamed(served: NNsight, rename: dict[str, str]) -> NNsight:
     return NNsight(served._model, rename=rename)
 
 
-def _printer(emit: Emit) -> Callable[..., None]:
+def printer(emit: Emit) -> Callable[..., None]:
     def show(
         *values: Any, sep: str | None = " ", end: str | None = "\n", file: Any = None, flush: bool = False
     ) -> None:

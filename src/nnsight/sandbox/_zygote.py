@@ -25,7 +25,8 @@ from ..modeling import NNsight
 from ..protocol import Event
 from ._execute import execute
 from ._jail import Allowance, confine
-from ._pipe import ANSWER, BEGUN, EVENT, FORK, JOB, KILL, PROBLEM, Pipe
+from ._pipe import ANSWER, BEGUN, EVENT, FORK, JOB, JOBS, KILL, PROBLEM, Pipe
+from ._together import execute_together
 
 
 class Zygote:
@@ -91,6 +92,8 @@ def run_confined(descriptor: int, model: NNsight, allowance: Allowance) -> None:
     kind, frame = pipe.receive()
     if kind == JOB:
         pipe.send(ANSWER, execute(frame, model, _sender(pipe)))
+    elif kind == JOBS:
+        pipe.send(ANSWER, execute_together(frame, model))
     os._exit(0)
 
 

@@ -7,10 +7,12 @@ import weakref
 from pathlib import Path
 from typing import Any
 
+import msgspec
 from fastapi import FastAPI
 
 from ..modeling import LanguageModel, NNsight
-from ..sandbox import execute
+from ..protocol import Shared
+from ..sandbox import execute, execute_together
 from ._app import make_app
 from ._fleet import Fleet, ServedError
 from ._keys import Keys
@@ -28,6 +30,8 @@ KEY = "embedded"
 class ThreadRunner:
     """Runs blocks on the replica's own thread, on a model object that is not the user's."""
 
+    mixes_owners = True
+
     def __init__(self, model: NNsight) -> None:
         self._model = model
 
@@ -37,6 +41,9 @@ class ThreadRunner:
 
     def run(self, frame: bytes, emit: Emit) -> bytes:
         return execute(frame, self._model, emit, forward_warnings=False)
+
+    def run_together(self, frames: list[bytes]) -> Shared:
+        return msgspec.msgpack.decode(execute_together(msgspec.msgpack.encode(frames), self._model), type=Shared)
 
     def stop(self) -> None:
         """A thread cannot be ended from outside: the job runs to its end."""

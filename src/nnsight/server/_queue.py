@@ -38,6 +38,8 @@ class Claim(NamedTuple):
     id: str
     frame: bytes
     seconds: float
+    owner: str = ""
+    shares: bool = False
 
 
 class Queue:
@@ -45,14 +47,22 @@ class Queue:
 
     def __init__(self, store: Store, limits: Limits, news: News, monitor: Monitor | None = None) -> None:
         self._store = store
-        self._monitor = monitor or Monitor()
+        self.monitor = monitor or Monitor()
         self._limits = limits
         self._news = news
 
     # --- users -----------------------------------------------------------------------------------------------
 
     def submit(
-        self, owner: str, idempotency: str, model: str, frame: bytes, seconds: float, *, priority: int = 0
+        self,
+        owner: str,
+        idempotency: str,
+        model: str,
+        frame: bytes,
+        seconds: float,
+        *,
+        priority: int = 0,
+        shares: bool = False,
     ) -> str:
         """Add a job, or find the one that was added with the same idempotency key.
 
@@ -77,18 +87,18 @@ class Queue:
         job = uuid.uuid4().hex
         self._store.write(job, "job", frame)
         row = {"id": job, "owner": owner, "idempotency": idempotency, "model": model, "status": "queued"}
-        row |= {"size": len(frame), "priority": priority}
+        row |= {"size": len(frame), "priority": priority, "shares": int(shares)}
         times = {"created": time.time(), "seconds": min(seconds, self._limits.seconds), "attempts": 0, "stop": 0}
         try:
             with self._store.begin() as db:
                 db.execute(jobs.insert().values(**row, **times))
         except IntegrityError:  # the same request, at the same time
             self._store.remove(job, *_GONE)
-            return self.submit(owner, idempotency, model, frame, seconds, priority=priority)
+            return self.submit(owner, idempotency, model, frame, seconds, priority=priority, shares=shares)
         except BaseException:
             self._store.remove(job, *_GONE)
             raise
-        self._monitor.submitted(job, owner, model, len(frame))
+        self.monitor.submitted(job, owner, model, len(frame))
         self._news.tell_work()
         return job
 
@@ -167,13 +177,33 @@ class Queue:
             owner = min(owners, key=lambda pair: (*self._use(db, pair[0]), pair[1]))[0]
             oldest = select(jobs).where(*waiting, jobs.c.owner == owner).order_by(jobs.c.created).limit(1)
             row = db.execute(oldest).one()
-            now = time.time()
-            begun = {"status": "running", "started": now, "lease": now + self._limits.lease}
-            db.execute(update(jobs).where(jobs.c.id == row.id).values(attempts=row.attempts + 1, **begun))
-            db.execute(delete(events).where(events.c.job == row.id))
+            self._begin(db, row)
+        return self._claimed(row)
+
+    def claim_beside(self, first: Claim, model: str, *, same_owner: bool) -> list[Claim]:
+        """Jobs that may share a forward with one that was claimed, those who wait longest first."""
+        if not first.shares or self._limits.together < 2:
+            return []
+        with self._store.begin() as db:
+            sharing = [jobs.c.model == model, jobs.c.status == "queued", jobs.c.shares == 1, jobs.c.attempts == 0]
+            sharing += [jobs.c.owner == first.owner] if same_owner else []
+            oldest = select(jobs).where(*sharing).order_by(jobs.c.priority.desc(), jobs.c.created)
+            rows = db.execute(oldest.limit(self._limits.together - 1)).all()
+            for row in rows:
+                self._begin(db, row)
+        return [self._claimed(row) for row in rows]
+
+    def _begin(self, db: Connection, row: Any) -> None:
+        now = time.time()
+        begun = {"status": "running", "started": now, "lease": now + self._limits.lease}
+        db.execute(update(jobs).where(jobs.c.id == row.id).values(attempts=row.attempts + 1, **begun))
+        db.execute(delete(events).where(events.c.job == row.id))
+
+    def _claimed(self, row: Any) -> Claim:
         self._news.tell(row.id)
-        self._monitor.begun(row.id, model, now - row.created, row.attempts + 1)
-        return Claim(row.id, self._store.read(row.id, "job"), row.seconds)
+        self.monitor.begun(row.id, row.model, time.time() - row.created, row.attempts + 1)
+        shares = bool(row.shares) and row.attempts == 0
+        return Claim(row.id, self._store.read(row.id, "job"), row.seconds, row.owner, shares)
 
     def _use(self, db: Connection, owner: str) -> tuple[int, float]:
         mine = jobs.c.owner == owner
@@ -228,11 +258,15 @@ class Queue:
         self._news.tell(job)
         self._news.tell_work()
 
-    def give_back(self, job: str) -> None:
-        """A job was not begun after all: it waits again, and that was no attempt."""
+    def give_back(self, job: str, *, alone: bool = False) -> None:
+        """A job was not begun after all: it waits again, and that was no attempt; or it is to be run alone."""
         with self._store.begin() as db:
             running = (jobs.c.id == job, jobs.c.status == "running")
-            db.execute(update(jobs).where(*running).values(status="queued", lease=None, attempts=jobs.c.attempts - 1))
+            if db.execute(select(jobs.c.stop).where(*running)).scalar():
+                self._end(db, job, "cancelled")
+            again = {"status": "queued", "lease": None, "attempts": jobs.c.attempts - 1}
+            db.execute(update(jobs).where(*running).values(**again, **({"shares": 0} if alone else {})))
+        self._news.tell(job)
         self._news.tell_work()
 
     def sweep(self) -> None:
@@ -277,5 +311,5 @@ class Queue:
         self._store.remove(job, "job")
         if ended:
             row = db.execute(select(jobs).where(jobs.c.id == job)).one()
-            self._monitor.ended(job, row.model, status, None if row.started is None else now - row.started)
+            self.monitor.ended(job, row.model, status, None if row.started is None else now - row.started)
         return ended

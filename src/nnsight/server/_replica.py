@@ -5,7 +5,7 @@ from __future__ import annotations
 import threading
 from typing import Protocol
 
-from ..protocol import Event
+from ..protocol import Event, Shared
 from ._limits import Limits
 from ._monitor import log
 from ._news import News
@@ -13,6 +13,7 @@ from ._queue import Claim, Queue
 
 _BEAT = 0.25
 _CHECK = 5.0
+_LONGEST_TOGETHER = 5.0  # seconds that jobs may share a forward for
 
 
 class DiedError(Exception):
@@ -24,13 +25,22 @@ class NotBegunError(DiedError):
 
 
 class Runner(Protocol):
-    """Runs one job at a time on a model; see `_process` and `_embed`."""
+    """Runs one job at a time on a model, or several in one forward; see `_process` and `_embed`.
+
+    `mixes_owners` says whether jobs of several users may be in one process.
+    """
+
+    mixes_owners: bool
 
     def start(self) -> None:
         """Load the model, if it is not there."""
 
     def run(self, frame: bytes, emit: Emit) -> bytes:
         """The answer to a job."""
+        ...
+
+    def run_together(self, frames: list[bytes]) -> Shared:
+        """What jobs in one forward have left."""
         ...
 
     def stop(self) -> None:
@@ -85,7 +95,7 @@ class Replica:
                 self.ready.set()
                 claim = self._next()
                 if claim is not None:
-                    self._run(claim)
+                    self._run_with_others(claim)
             except DiedError as error:
                 self.ready.clear()
                 self.failure = str(error)
@@ -107,9 +117,47 @@ class Replica:
             self._queue.sweep()
         return claim
 
+    def _run_with_others(self, claim: Claim) -> None:
+        others = self._queue.claim_beside(claim, self.model, same_owner=not self._runner.mixes_owners)
+        if others:
+            self._run_together([claim, *others])
+        else:
+            self._run(claim)
+
+    def _run_together(self, claims: list[Claim]) -> None:
+        """Run jobs in one forward; those that this does not serve are to be run alone."""
+        shared, done = Shared([], []), threading.Event()
+        seconds = min(_LONGEST_TOGETHER, *(claim.seconds for claim in claims))
+        watch = _Watch([claim.id for claim in claims], seconds, self._queue, self._runner, done)
+        watch.start()
+        try:
+            shared = self._runner.run_together([claim.frame for claim in claims])
+        except DiedError as error:  # one of them was cancelled, takes long, or is fatal: alone it harms none but itself
+            log.info("forward not shared", extra={"model": self.model, "reason": watch.reason or str(error)})
+        finally:
+            done.set()
+            watch.join()
+            self._settle(claims, shared)
+
+    def _settle(self, claims: list[Claim], shared: Shared) -> None:
+        """End the jobs that were answered, and give the others back."""
+        served = 0
+        for number, claim in enumerate(claims):
+            answer = shared.answers[number] if number < len(shared.answers) else None
+            if answer is None or len(answer) > self._limits.answer:
+                self._queue.give_back(claim.id, alone=True)
+                continue
+            served += 1
+            output = _Output(claim.id, self._queue, self._limits.output)
+            for event in shared.events[number]:
+                output(event)
+            self._queue.finish(claim.id, answer)
+        if served:
+            self._queue.monitor.shared(self.model, served)
+
     def _run(self, claim: Claim) -> None:
         done = threading.Event()
-        watch = _Watch(claim, self._queue, self._runner, done)
+        watch = _Watch([claim.id], claim.seconds, self._queue, self._runner, done)
         watch.start()
         output = _Output(claim.id, self._queue, self._limits.output)
         try:
@@ -145,10 +193,11 @@ class Replica:
 class _Watch(threading.Thread):
     """Renews the lease of a job that runs, and ends it where its user or its time says so."""
 
-    def __init__(self, claim: Claim, queue: Queue, runner: Runner, done: threading.Event) -> None:
+    def __init__(self, jobs: list[str], seconds: float, queue: Queue, runner: Runner, done: threading.Event) -> None:
         super().__init__(name="watch", daemon=True)
         self.reason: str | None = None
-        self._claim = claim
+        self._jobs = jobs
+        self._seconds = seconds
         self._queue = queue
         self._runner = runner
         self._done = done
@@ -157,10 +206,11 @@ class _Watch(threading.Thread):
         beats = 0
         while not self._done.wait(_BEAT):
             beats += 1
-            if not self._queue.beat(self._claim.id):
+            wanted = [self._queue.beat(job) for job in self._jobs]
+            if not all(wanted):
                 self.reason = "cancelled"
-            elif beats * _BEAT > self._claim.seconds:
-                self.reason = f"The job ran for more than {self._claim.seconds:g} seconds, and was ended."
+            elif beats * _BEAT > self._seconds:
+                self.reason = f"The job ran for more than {self._seconds:g} seconds, and was ended."
             if self.reason is not None:
                 self._runner.stop()
                 return

@@ -7,6 +7,7 @@ from collections.abc import Callable
 
 from ..errors import ProtocolError
 from ..protocol import JobList, JobState, ServerInfo, read_job, versions
+from ..sandbox import can_share
 from ._fleet import Fleet
 from ._keys import Keys, NotAdminError, User
 from ._limits import Limits
@@ -49,7 +50,8 @@ class Service:
         self.fleet.check(model)
         if not 0 < job.timeout < float("inf"):
             raise ProtocolError("the timeout of a job is a positive number of seconds")
-        found = self.queue.submit(user.name, idempotency, model, body, job.timeout, priority=user.priority)
+        how = {"priority": user.priority, "shares": can_share(job, len(body))}
+        found = self.queue.submit(user.name, idempotency, model, body, job.timeout, **how)
         return self.queue.state(user.name, found, 0)
 
     def jobs(self, user: User) -> JobList:

@@ -43,6 +43,7 @@ jobs = Table(
     Column("seconds", Float, nullable=False),
     Column("stop", Integer, nullable=False, default=0),
     Column("priority", Integer, nullable=False, default=0),
+    Column("shares", Integer, nullable=False, default=0),  # whether it may share a forward
     Column("size", Integer, nullable=False, default=0),  # bytes that are kept of it
     Column("error", Text),
     UniqueConstraint("owner", "idempotency"),
