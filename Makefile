@@ -5,6 +5,7 @@
 #   make check    lint, types and tests: what a change must pass
 #   make test-vllm  the tests of vLLM engines, in an environment of their own (.venv-vllm)
 #   make lint     ruff and pyright alone
+#   make browser  a Chromium for the tests of pages, where there is none and it may be installed
 #   make bench    what tracing costs
 #   make families run the tests of every family of models, and write docs/families.md from what they showed
 #   make clean    remove .venv and the caches
@@ -18,12 +19,12 @@ VENV := .venv
 BIN := $(VENV)/bin
 MAKEFLAGS += --no-print-directory
 
-.PHONY: demo test test-vllm check lint bench families clean
+.PHONY: demo test test-vllm check lint browser bench families clean
 
 demo: $(VENV)/.demo
 	$(BIN)/nnsight demo
 
-test: $(VENV)/.dev
+test: $(VENV)/.dev browser
 	$(BIN)/pytest $(PYTEST_ARGS)
 
 test-vllm: .venv-vllm/.ready
@@ -35,6 +36,14 @@ lint: $(VENV)/.dev
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/pyright
+
+browser:
+	@command -v chromium google-chrome chromium-browser >/dev/null && exit; \
+	if [ "$$(id -u)" = 0 ] && command -v apt-get >/dev/null; then \
+		echo "installing chromium"; \
+		apt-get install -y -qq chromium >/dev/null || { apt-get update -qq && apt-get install -y -qq chromium >/dev/null; }; \
+	fi; \
+	command -v chromium google-chrome chromium-browser >/dev/null || echo "no browser: tests of pages will be skipped" >&2
 
 bench: $(VENV)/.demo
 	@test -f benchmarks/trace_overhead.py || { echo "there are no benchmarks yet" >&2; exit 1; }

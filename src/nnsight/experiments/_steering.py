@@ -9,9 +9,11 @@ import torch
 from nnsight import LanguageModel, errors
 
 from ._memory import Budget
+from ._places import find_place
 from ._prompts import encode
 from ._runner import Runner
 from ._scoring import NoScore
+from ._spec import Intervention, InterventionSpec
 
 Method = Literal["diff_of_means", "pca"]
 
@@ -134,11 +136,9 @@ def steer(
     place = model.site(site, layer)
     if place.axes[1] != "pos" or vector.dim() != len(place.axes) - 2:
         raise errors.InputError(f"A vector of shape {list(vector.shape)} cannot be added to {place!r}, {place.axes}.")
-    change = vector.detach() * strength
-    with model.edit(inplace=inplace) as steered:
-        live = place.read()
-        place.write(live + change.to(live))
-    return Steered(steered)
+    key = find_place(model, place).key
+    change = Intervention(key, "add", value=vector.detach(), factor=strength)
+    return Steered(model.edit(InterventionSpec(change), inplace=inplace))
 
 
 class Steered:

@@ -1,5 +1,6 @@
 """Models: how each kind is loaded, fed and shown."""
 
+from ._apply import edit_of as edit_of
 from ._base import NNsight as NNsight
 from ._diffusion import DiffusionModel as DiffusionModel
 from ._elsewhere import Elsewhere as Elsewhere

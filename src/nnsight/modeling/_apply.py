@@ -2,15 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Iterable
 from types import TracebackType
 from typing import Any, Protocol
 
-from ..envoy import Envoy
 from ..errors import InputError
-from ..trace import Edit, FunctionEdit
-
-Begin = Callable[[], Callable[[int], None]]
+from ..trace import Begin, Edit, InterventionEdit
 
 
 class Intervention(Protocol):
@@ -24,38 +21,43 @@ class Intervention(Protocol):
         ...
 
 
-def edits_of(model: Envoy, intervention: Intervention) -> list[FunctionEdit]:
-    """The edits that an intervention is for `model`.
+def edit_of(model: Any, intervention: Intervention) -> InterventionEdit:
+    """The edit that an intervention is for `model`, with the edits that the model has now.
+
+    It is prepared at once where the weights are there, so that what does not fit is refused here.
 
     Raises:
         InputError: A trace of the model is open.
     """
     if model._tree.find_worker() is not None:  # preparing may run the model
         raise InputError(_INSIDE)
-    return [FunctionEdit(name, begin) for name, begin in intervention.prepare(model)]
+    twin = model._copy()
+    edit = InterventionEdit(intervention, lambda: intervention.prepare(twin))
+    if model.dispatched:
+        edit.prepare()
+    return edit
 
 
 class Applied:
     """The context that `model.apply(intervention)` gives; it can be entered again."""
 
-    def __init__(self, model: Any, edits: list[FunctionEdit], stored: list[Edit | FunctionEdit]) -> None:
+    def __init__(self, model: Any, edit: InterventionEdit, stored: list[Edit | InterventionEdit]) -> None:
         self._model = model
-        self._edits = edits
+        self._edit = edit
         self._stored = stored
 
     def __enter__(self) -> Any:
         if self._model._tree.find_worker() is not None:
             raise InputError(_INSIDE)
-        self._stored += self._edits
+        self._stored.append(self._edit)
         return self._model
 
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
     ) -> None:
-        for edit in self._edits:
-            index = max((i for i, stored in enumerate(self._stored) if stored is edit), default=None)
-            if index is not None:
-                del self._stored[index]
+        index = max((i for i, stored in enumerate(self._stored) if stored is self._edit), default=None)
+        if index is not None:
+            del self._stored[index]
 
 
 _INSIDE = """\

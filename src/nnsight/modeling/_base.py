@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any, Literal, cast, overload
+from typing import Any, Literal, TypeVar, cast, overload
+from weakref import WeakSet
 
 from torch.nn import Module
 
@@ -13,12 +14,14 @@ from .._core import Call, Override, Probe
 from ..envoy import Aliases, Classes, Envoy, Tree
 from ..errors import InputError, NoInputError
 from ..names import Name, Named, find_named
-from ..trace import IN_A_TRACE, Edit, Editing, FunctionEdit, Given, Prepared, ScanTracer, Session, Tracer, save
-from ._apply import Applied, Intervention, edits_of
+from ..trace import IN_A_TRACE, Edit, Editing, Given, InterventionEdit, Prepared, ScanTracer, Session, Tracer, save
+from ._apply import Applied, Intervention, edit_of
 from ._batch import join_inputs
 from ._elsewhere import open_elsewhere
 from ._offload import without_offload
 from ._probe import choose_rows, select_rows
+
+Kind = TypeVar("Kind", bound="NNsight")
 
 
 class NNsight(Named):
@@ -68,9 +71,11 @@ class NNsight(Named):
             kinds = {type(self), Envoy, *(envoys or {}).values()}
             taken = {name for kind in kinds for name in dir(kind) if not isinstance(vars(Named).get(name), Name)}
             tree.aliases = Aliases(module, rename, taken)
-        self._edits: list[Edit | FunctionEdit] = []
+        self._edits: list[Edit | InterventionEdit] = []
+        self._twins: WeakSet[NNsight] = WeakSet([self])  # the models that share these modules
         self._rename = dict(rename) if rename else None
 
+    dispatched = True  # whether the weights are loaded
     _is_served = False  # a server's own: what asks to run elsewhere has arrived there
 
     @property
@@ -113,8 +118,8 @@ class NNsight(Named):
             stop_after_last: End the forward once the block's last request was served: what comes after is not run. The
                 blocks of all invokes are waited for, and the modules named in `tracer.cache(modules=...)`; stored edits count
                 up to there. A request for the result (`tracer.result`, `model.output`) is one for the whole forward.
-            **kwargs: Keyword arguments of the forward; `remote=True`, `timeout=` (seconds), `blocking=False` and
-                `backend="local-process"` run the block elsewhere.
+            **kwargs: Keyword arguments of the forward; `remote=True`, `timeout=` (seconds), `blocking=False`, `solo=True` (in
+                no forward that other jobs share) and `backend="local-process"` run the block elsewhere.
 
         Returns:
             A `Tracer` to use in a `with` statement, or with `trace=False` what the model returns.
@@ -245,8 +250,8 @@ class NNsight(Named):
     @overload
     def edit(self, intervention: None = None, *, inplace: bool = False) -> Editing: ...
     @overload
-    def edit(self, intervention: Intervention, *, inplace: bool = False) -> NNsight: ...
-    def edit(self, intervention: Intervention | None = None, *, inplace: bool = False) -> Editing | NNsight:
+    def edit(self: Kind, intervention: Intervention, *, inplace: bool = False) -> Kind: ...
+    def edit(self: Kind, intervention: Intervention | None = None, *, inplace: bool = False) -> Editing | Kind:
         """Store a block, or an intervention, that runs in every later trace, at every step of a generation.
 
         Example:
@@ -270,7 +275,7 @@ class NNsight(Named):
         """
         edited = self if inplace else self._copy()
         if intervention is not None:
-            edited._edits += edits_of(self, intervention)
+            edited._edits.append(edit_of(self, intervention))
             return edited
         return Editing(edited, edited._edits.append)
 
@@ -300,7 +305,7 @@ class NNsight(Named):
         """
         if not hasattr(intervention, "prepare"):
             return self._bind(self._module.apply)(intervention)
-        return Applied(self, edits_of(self, cast("Intervention", intervention)), self._edits)
+        return Applied(self, edit_of(self, cast("Intervention", intervention)), self._edits)
 
     def clear_edits(self) -> None:
         """Drop every stored edit of this model; other models that share its weights keep theirs.
@@ -319,11 +324,19 @@ class NNsight(Named):
         """
         self._edits.clear()
 
-    def _copy(self) -> NNsight:
+    def _copy(self: Kind) -> Kind:
         twin = copy.copy(self)
         twin._edits = list(self._edits)
         twin._children, twin._indexed = {}, {}
+        self._twins.add(twin)
         return twin
+
+    def _take(self, module: Module) -> None:
+        """Use a loaded module in place of its empty shape, in all models that share it."""
+        for twin in list(self._twins):
+            twin._rebind(module)
+            twin.dispatched = True
+        self._tree.rebind(module)
 
 
 def check_block(stop_after_last: bool) -> None:

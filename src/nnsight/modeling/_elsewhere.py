@@ -7,7 +7,7 @@ from typing import Any, NamedTuple
 
 from ..errors import InputError
 
-_NAMES = ("remote", "backend", "blocking", "timeout")
+_NAMES = ("remote", "backend", "blocking", "timeout", "solo")
 BACKENDS = ("local-process",)
 DEFAULT_TIMEOUT = 120.0
 
@@ -18,6 +18,7 @@ class Elsewhere(NamedTuple):
     backend: str | None
     blocking: bool
     timeout: float
+    solo: bool = False  # in no forward that others share
 
 
 Open = Callable[[Any, Elsewhere, str, tuple[Any, ...], dict[str, Any], bool], Any]
@@ -49,4 +50,5 @@ def open_elsewhere(
     if stop_after_last:
         kwargs["stop_after_last"] = True
     elsewhere = Elsewhere(backend, options.get("blocking", True), float(options.get("timeout") or DEFAULT_TIMEOUT))
+    elsewhere = elsewhere._replace(solo=bool(options.get("solo")))
     return _openers[0](model, elsewhere, method, args, kwargs, strict_order)

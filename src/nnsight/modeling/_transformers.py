@@ -176,10 +176,8 @@ class TransformersModel(NNsight):
         """
         if not self.dispatched:
             assert self._source is not None
-            self._rebind(self._source.load())
-            self._tree.rebind(self._module)
+            self._take(self._source.load())
             self._describe()
-            self.dispatched = True
         return self
 
     def _describe(self) -> None:

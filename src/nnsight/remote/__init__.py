@@ -10,5 +10,11 @@ from ._check import check_saved as check_saved
 from ._code import register as register
 from ._job import JobWriter as JobWriter
 from ._job import Order as Order
+from ._manage import cancel_job as cancel_job
+from ._manage import deploy as deploy
+from ._manage import evict as evict
+from ._manage import find_job as find_job
+from ._manage import list_jobs as list_jobs
+from ._manage import state_of as state_of
 from ._open import open_remote as open_remote
 from ._tracer import RemoteTracer as RemoteTracer

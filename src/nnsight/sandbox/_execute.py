@@ -14,9 +14,20 @@ import torch
 
 from .._capture import Block, Scope, bind
 from ..errors import NNsightError, ProtocolError
-from ..modeling import LanguageModel, NNsight
-from ..protocol import Answer, Encoder, Event, Failure, Job, TensorWriter, read_job, write_frame
-from ..trace import Edit, collecting_saves
+from ..modeling import LanguageModel, NNsight, edit_of
+from ..protocol import (
+    Answer,
+    BoundBlock,
+    Encoder,
+    Event,
+    Failure,
+    Job,
+    StoredIntervention,
+    TensorWriter,
+    read_job,
+    write_frame,
+)
+from ..trace import Edit, InterventionEdit, collecting_saves
 from ._answer import Given, write_answer
 from ._failure import describe_failure
 from ._rebuild import Files, JobReader
@@ -41,7 +52,7 @@ def execute(frame: bytes, served: NNsight, emit: Emit, *, forward_warnings: bool
         return write_frame(describe_failure(error, lambda _: False))
     reader: JobReader | None = None
     try:
-        reader = JobReader(job, payload, _printer(emit))
+        reader = JobReader(job, payload, printer(emit))
         with _warnings_to(emit) if forward_warnings else nullcontext():
             answer, tensors = _run(job, reader, served, seeded)
         return write_frame(answer, tensors)
@@ -52,10 +63,11 @@ def execute(frame: bytes, served: NNsight, emit: Emit, *, forward_warnings: bool
 
 
 def _run(job: Job, reader: JobReader, served: NNsight, seeded: bool) -> tuple[Answer, TensorWriter]:
-    models = _models(job, served)
+    models = models_for(job, served)
     reader.models = models
     for model, state in zip(models, job.models, strict=True):
-        model._edits = [Edit(*reader.bound(edit)) for edit in state.edits]
+        for edit in state.edits:
+            model._edits.append(_edit(edit, model, reader))
     block, scope = reader.bound(job.main)
     args = tuple(reader.decode(value) for value in job.args)
     kwargs = {name: reader.decode(value) for name, value in job.kwargs.items()}
@@ -76,6 +88,15 @@ def _random_numbers(seed: int | None) -> Iterator[None]:
         yield
 
 
+def _edit(edit: BoundBlock | StoredIntervention, model: NNsight, reader: JobReader) -> Edit | InterventionEdit:
+    if isinstance(edit, BoundBlock):
+        return Edit(*reader.bound(edit))
+    intervention = reader.decode(edit.value)
+    if not callable(getattr(intervention, "prepare", None)):
+        raise ProtocolError(f"a {type(intervention).__name__} is no intervention")
+    return edit_of(model, intervention)
+
+
 def _run_block(
     model: NNsight, job: Job, block: Block, scope: Scope, args: tuple[Any, ...], kwargs: Mapping[str, Any]
 ) -> None:
@@ -94,7 +115,7 @@ def _run_block(
                 run(target)
 
 
-def _models(job: Job, served: NNsight) -> list[NNsight]:
+def models_for(job: Job, served: NNsight) -> list[NNsight]:
     """A model object for each that the block names, sharing the served one's modules."""
     if not job.models:
         raise ProtocolError("the job names no model")
@@ -116,7 +137,7 @@ def _renamed(served: NNsight, rename: dict[str, str]) -> NNsight:
     return NNsight(served._model, rename=rename)
 
 
-def _printer(emit: Emit) -> Callable[..., None]:
+def printer(emit: Emit) -> Callable[..., None]:
     def show(
         *values: Any, sep: str | None = " ", end: str | None = "\n", file: Any = None, flush: bool = False
     ) -> None:
@@ -144,7 +165,8 @@ def _warnings_to(emit: Emit) -> Iterator[None]:
 
 
 def _failure(error: BaseException, job: Job, reader: JobReader | None) -> Failure:
-    blocks = [job.main, *(edit for state in job.models for edit in state.edits)]
+    edits = [edit for state in job.models for edit in state.edits if isinstance(edit, BoundBlock)]
+    blocks = [job.main, *edits]
     files = {bound.block.filename for bound in blocks} | {text.filename for text in job.definitions}
     files |= {module.filename for module in job.modules}
 

@@ -9,13 +9,14 @@ import socket
 import subprocess
 import sys
 import threading
+from collections.abc import Callable
 from contextlib import suppress
 from typing import Any
 
 import msgspec
 
-from ..protocol import Event
-from ..sandbox import ANSWER, BEGUN, EVENT, FORK, JOB, KILL, PROBLEM, READY, STOPPED, Pipe
+from ..protocol import Event, Shared
+from ..sandbox import ANSWER, BEGUN, EVENT, FORK, JOB, JOBS, KILL, PROBLEM, READY, STOPPED, Pipe
 from ._limits import Limits
 from ._replica import DiedError, Emit, NotBegunError
 
@@ -23,6 +24,8 @@ _GRACE = 1.0  # seconds that a block has to end when it is interrupted
 _LARGEST_EVENT = 4 * 2**20
 _CONTROL = 120.0  # seconds that a zygote may take to fork
 _event = msgspec.json.Decoder(Event)
+_packed = msgspec.msgpack.Encoder()
+_shared = msgspec.msgpack.Decoder(Shared)
 # What a model process is told of the environment: a forked block can read all of it.
 _NAMES = {"PATH", "HOME", "LANG", "TMPDIR", "PYTHONPATH", "LD_LIBRARY_PATH", "XDG_CACHE_HOME", "NNSIGHT_DEBUG"}
 _PREFIXES = ("LC_", "HF_HOME", "HF_HUB_", "HUGGINGFACE_HUB_CACHE", "TRANSFORMERS_", "OMP_", "MKL_", "CUDA_", "TORCH_")
@@ -77,10 +80,10 @@ class ModelProcess:
         except (EOFError, OSError) as error:
             raise DiedError(f"the process has died ({error})") from error
 
-    def _talk(self, pipe: Pipe, frame: bytes, emit: Emit) -> bytes:
+    def _talk(self, pipe: Pipe, frame: bytes, emit: Emit, kind: bytes = JOB) -> bytes:
         """Send a job, and take what comes until its answer."""
         try:
-            pipe.send(JOB, frame)
+            pipe.send(kind, frame)
             while True:
                 kind, data = self._receive(pipe)
                 if kind == EVENT and len(data) <= _LARGEST_EVENT:
@@ -98,28 +101,49 @@ def _environment() -> dict[str, str]:
     return told | {"HF_HUB_DISABLE_PROGRESS_BARS": "1"}  # a bar starts a thread, which a fork would leave behind
 
 
+def _share(run: Callable[[bytes, Emit, bytes], bytes], frames: list[bytes]) -> Shared:
+    """Have jobs run together; what comes back fits them."""
+    answer = run(_packed.encode(frames), _ignore, JOBS)
+    try:
+        shared = _shared.decode(answer)
+    except msgspec.MsgspecError as error:
+        raise DiedError(f"the process says what it cannot mean ({error})") from error
+    if len(shared.answers) != len(frames) or len(shared.events) != len(frames):
+        raise DiedError("the process answers other jobs than it was given")
+    return shared
+
+
+def _ignore(event: Event) -> None:
+    """What happens comes with the answers."""
+
+
 _SAID = {STOPPED: "the job was interrupted", PROBLEM: "the process could not be confined"}
 
 
 class TrustedRunner(ModelProcess):
     """Runs blocks in the process that holds the model."""
 
+    mixes_owners = True
+
     def __init__(self, name: str, options: dict[str, Any], limits: Limits) -> None:
         super().__init__(name, options, limits, trusted=True)
         self._idle = threading.Event()
         self._idle.set()
 
-    def run(self, frame: bytes, emit: Emit) -> bytes:
+    def run(self, frame: bytes, emit: Emit, kind: bytes = JOB) -> bytes:
         assert self._socket is not None
         self._idle.clear()
         try:
-            return self._talk(Pipe(self._socket, self._limits.answer), frame, emit)
+            return self._talk(Pipe(self._socket, self._limits.answer), frame, emit, kind)
         except DiedError as error:
             if str(error) != _SAID[STOPPED]:
                 self._kill()
             raise
         finally:
             self._idle.set()
+
+    def run_together(self, frames: list[bytes]) -> Shared:
+        return _share(self.run, frames)
 
     def stop(self) -> None:
         if self._process is None or self._idle.is_set():
@@ -131,22 +155,27 @@ class TrustedRunner(ModelProcess):
 
 
 class ConfinedRunner(ModelProcess):
-    """Has a zygote fork a confined process for each job, and talks with that one alone."""
+    """Has a zygote fork a confined process for each job, or for some of one user's, and talks with that one alone."""
+
+    mixes_owners = False
 
     def __init__(self, name: str, options: dict[str, Any], limits: Limits) -> None:
         super().__init__(name, options, limits, trusted=False)
         self._control = threading.Lock()
         self._child: int | None = None
 
-    def run(self, frame: bytes, emit: Emit) -> bytes:
+    def run(self, frame: bytes, emit: Emit, kind: bytes = JOB) -> bytes:
         ours, theirs = socket.socketpair()
         with ours:
             with theirs:
                 self._child = self._fork(theirs)
             try:
-                return self._talk(Pipe(ours, self._limits.answer), frame, emit)
+                return self._talk(Pipe(ours, self._limits.answer), frame, emit, kind)
             finally:
                 self.stop()
+
+    def run_together(self, frames: list[bytes]) -> Shared:
+        return _share(self.run, frames)
 
     def stop(self) -> None:
         with self._control:
@@ -158,7 +187,7 @@ class ConfinedRunner(ModelProcess):
 
     def _fork(self, theirs: socket.socket) -> int:
         assert self._socket is not None
-        command = FORK + str(self._limits.seconds).encode()
+        command = FORK + f"{self._limits.memory} {self._limits.seconds}".encode()
         with self._control:
             try:
                 self._socket.settimeout(_CONTROL)

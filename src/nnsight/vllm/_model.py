@@ -91,7 +91,7 @@ class VLLM(LanguageModel):
         self.dispatch()
         if not trace:
             return self._run_plainly(inputs, kwargs)
-        order = Order(self, "vllm", None, "trace", inputs, kwargs, strict_order, 0.0)
+        order = Order(self, "vllm", None, "trace", inputs, kwargs, strict_order, 0.0, solo=True)
         return EngineTracer(self, order)
 
     def generate(self, *inputs: Any, **kwargs: Any) -> Any:

@@ -61,7 +61,9 @@ class LaneTracer(Tracer):
         lane = self._engine.new_lane(Given(given.args, {**self._params, **given.kwargs}))
         return Call(lane, (), {}, repeatable=False, passes=LanePass)
 
-    def _add_invoke(self, block: Block, scope: Scope, given: Given | None, frame_line: int) -> None:
+    def _add_invoke(
+        self, block: Block, scope: Scope, given: Given | None, frame_line: int, *, apart: bool = False
+    ) -> None:
         if given is None:
             raise InputError(_NO_WHOLE)
         if self._given:

@@ -114,10 +114,8 @@ class DiffusionModel(NNsight):
         """
         if not self.dispatched:
             assert self._source is not None
-            self._rebind(tree_of(self._source.load()))
-            self._tree.rebind(self._module)
+            self._take(tree_of(self._source.load()))
             self._tree.present = Presenter(self._module)
-            self.dispatched = True
         return self
 
     def generate(
