@@ -34,7 +34,7 @@ def nothing_is_loaded(model, where):
 def logits_of(model, where):
     with torch.no_grad(), model.trace(PROMPT, **where):
         logits = model.logits.save()
-    return logits  # noqa: RET504
+    return logits
 
 
 @pytest.mark.parametrize("name", SPECS)

@@ -362,16 +362,6 @@ def test_errors_of_nnsight_are_its_own(model, where):
     assert traceback.extract_tb(caught.value.__traceback__)[-1].line == "model.transformer.h[1].output = hidden"
 
 
-def test_an_intervention_as_data_does_not_travel_unsaid(gpt2):
-    from nnsight.errors import TravelError
-    from nnsight.experiments import Intervention, InterventionSpec
-
-    with pytest.raises(TravelError, match="cannot travel yet"):
-        with gpt2.apply(InterventionSpec(Intervention("mlp_out[0]", "zero"))):
-            with gpt2.trace(PROMPT, backend="local-process"):
-                hidden = gpt2.mlp_out[0].save()
-
-
 def test_a_block_under_no_grad(model, where):
     with torch.no_grad(), model.trace(PROMPT, **where):
         requires = model.transformer.h[0].output[0].requires_grad

@@ -28,7 +28,7 @@ def steps(model, prompt, count):
 def test_reads(pair, prompt):
     def block(model):
         with model.trace(prompt):
-            return [
+            found = [
                 model.embed.output.save(),
                 model.resid_pre[1].save(),
                 model.attn_out[1].save(),
@@ -42,6 +42,7 @@ def test_reads(pair, prompt):
                 model.logits.save(),
                 model.output.logits.save(),
             ]
+        return found
 
     both(pair, block)
 
@@ -99,7 +100,8 @@ def test_several_prompts(pair):
     def alone(model, prompt, factor):
         with model.trace(prompt):
             model.resid_post[0][:] *= factor
-            return [model.resid_post[1].save(), model.logits.save()]
+            found = [model.resid_post[1].save(), model.logits.save()]
+        return found
 
     model = pair.engine
     with model.trace() as tracer:

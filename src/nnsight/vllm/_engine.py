@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from types import MethodType
 from typing import Any
 
@@ -137,7 +138,8 @@ class Engine:
                     main._begin_step()
             if module in main.wanted_inputs or module in main.input_recorders:
                 inputs = inputs or bridge_of(type(module)).inputs(args, kwargs)
-                self._visit_inputs(lane, module, inputs, skipping)
+                with guarding(lane):
+                    self._visit_inputs(lane, module, inputs, skipping)
         if inputs is not None:
             args, kwargs = inputs.arguments()
         if skipping:
@@ -154,7 +156,8 @@ class Engine:
                 continue
             if module in main.wanted_outputs or module in main.recorders or lane in skipping:
                 output = output or bridge_of(type(module)).output(result)
-                self._visit_output(lane, module, output, skipping)
+                with guarding(lane):
+                    self._visit_output(lane, module, output, skipping)
             main.running.pop()
         return result if output is None else output.result
 
@@ -172,7 +175,7 @@ class Engine:
             if not lane.lives:
                 return
             if visit.written or _differ(before):
-                self._put(lane, inputs.put, visit.value, module)
+                inputs.put(lane.start, lane.stop, visit.value, self._path(module))
             shown = visit.value
         for recorder in main.input_recorders.get(module, ()):
             recorder.begin(shown[0], shown[1], index)
@@ -191,16 +194,12 @@ class Engine:
         else:
             changed = False
         if changed or skipped is not None:
-            self._put(lane, output.put, shown, module)
+            output.put(lane.start, lane.stop, shown, self._path(module))
         for recorder in main.recorders.get(module, ()):
             recorder.end(shown, (), {}, index, main.step)
 
-    def _put(self, lane: Lane, put: Callable[..., None], value: Any, module: Module) -> None:
-        path = f"model.{self._places[module]}".rstrip(".")
-        try:
-            put(lane.start, lane.stop, value, path)
-        except NNsightError as error:
-            lane.fail(error)
+    def _path(self, module: Module) -> str:
+        return f"model.{self._places[module]}".rstrip(".")
 
     # --- behind the layers ---------------------------------------------------------------------------------------
 
@@ -217,7 +216,8 @@ class Engine:
                 continue
             main.counts[head] = main.counts.get(head, 0) + 1
             if any(self._is_wanted(main, module) for module in (head, self.root)):
-                logits = self._visit_logits(lane, head, logits)
+                with guarding(lane):
+                    logits = self._visit_logits(lane, head, logits)
             if lane.lives:
                 main.running.pop()
         return logits
@@ -262,10 +262,7 @@ class Engine:
             recorder.end(CausalLMOutput(logits=shown), (), {}, main.counts[self.root] - 1, main.step)
         if changed or head in main.wanted_inputs:
             logits = logits.clone()
-            try:
-                fill(logits[lane.row : lane.row + 1], shown[:, -1:][0].unsqueeze(0), "model.lm_head.output")
-            except NNsightError as error:
-                lane.fail(error)
+            fill(logits[lane.row : lane.row + 1], shown[:, -1:][0].unsqueeze(0), "model.lm_head.output")
         return logits
 
     def _sampling(self, plain: Forward) -> Forward:
@@ -273,7 +270,8 @@ class Engine:
             found = plain(sampler, *args, **kwargs)
             for lane in self._lanes:
                 if lane.lives and SAMPLES in lane.main.wanted_outputs:
-                    self._visit_samples(lane, found.sampled_token_ids)
+                    with guarding(lane):
+                        self._visit_samples(lane, found.sampled_token_ids)
                 elif lane.lives:
                     lane.main.counts[SAMPLES] = lane.main.counts.get(SAMPLES, 0) + 1
             self._lanes = []
@@ -283,15 +281,23 @@ class Engine:
 
     def _visit_samples(self, lane: Lane, sampled: torch.Tensor) -> None:
         rows = sampled[lane.row : lane.row + 1]
-        shown = own(rows)[0, 0].long()
+        shown = own(rows[0].long())[0]
         before = versions_of(shown)
         with lane.visiting():
             value = lane.main.touch(SAMPLES, shown)
         if lane.lives and (value is not shown or _differ(before)):
-            try:
-                fill(rows, value.to(rows.dtype).view(1, 1, -1), "model.samples")
-            except NNsightError as error:
-                lane.fail(error)
+            fill(rows, value.to(rows.dtype).view(1, 1, -1), "model.samples")
+
+
+@contextmanager
+def guarding(lane: Lane) -> Iterator[None]:
+    """What goes wrong with one request's values ends its block, and not the engine."""
+    try:
+        yield
+    except NNsightError as error:
+        lane.fail(error)
+    except Exception as error:
+        lane.fail(EngineError(f"A value could not be handed to the block: {type(error).__name__}: {error}"))
 
 
 def _differ(before: list[tuple[torch.Tensor, int]]) -> bool:

@@ -51,7 +51,7 @@ class Lane:
         self._main: LanePass | None = None
         self.length = self.computed = 0  # tokens of the prompt, and those that the model has seen
         self.start = self.stop = self.row = 0
-        self._over = False
+        self._over = self._waited_for = False
         self._hand_in = hand_in
         self._driver: Coroutine | None = None
 
@@ -59,7 +59,7 @@ class Lane:
         """In the block's coroutine: run the request for a block that asks for nothing of it."""
         self.enter()
         while not self._over:
-            hand_over()
+            self.wait()
         return self.result
 
     def enter(self) -> None:
@@ -69,13 +69,21 @@ class Lane:
         self._driver = current
         self._hand_in(self)
 
+    def wait(self) -> None:
+        """In the block's coroutine: let the engine go on until it has something for this lane."""
+        self._waited_for = True
+        try:
+            hand_over()
+        finally:
+            self._waited_for = False
+
     def finish(self, result: Any) -> None:
         """The engine has done the request: let the block go on to its end."""
         self._over, self.result = True, result
         with self.visiting():
             if self.lives:
                 self.main.finish(result)
-            if self._driver:
+            if self._driver and self._waited_for:
                 self._driver.resume()
 
     def fail(self, error: NNsightError) -> None:
@@ -83,7 +91,7 @@ class Lane:
         self._over = True
         if self._main is not None:
             self._main.done = True
-        if self._driver:
+        if self._driver and self._waited_for:
             with self.visiting():
                 self._driver.throw(error)
 
@@ -139,7 +147,7 @@ class LanePass(Pass):
                 self._begin()
             lane.enter()
         if not self.done:
-            hand_over()
+            lane.wait()
 
     def finish(self, result: Any) -> None:
         """No other step comes."""

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch.nn import Module
@@ -28,6 +28,9 @@ FAMILIES = {
 }
 
 
+_IN_LAYERS = ("resid_pre", "resid_mid", "resid_post", "attn_out", "mlp_out")
+
+
 class Values:
     """A value of each layer: `model.resid_post[3]`, read and assigned."""
 
@@ -49,6 +52,42 @@ class Values:
 
     def __setitem__(self, layer: int, value: torch.Tensor) -> None:
         setattr(self._envoy(layer), self._kind, value)
+
+
+class Site(NamedTuple):
+    """One value of the vocabulary, as interventions as data name it."""
+
+    name: str
+    layer: int | None
+    values: Any
+    stack: str = ""
+    axes: tuple[str, ...] = ("batch", "pos", "d_model")
+
+    def read(self) -> torch.Tensor:
+        """The value, in a trace."""
+        return self.values.read() if self.layer is None else self.values[self.layer]
+
+    def write(self, value: torch.Tensor) -> None:
+        """Put a value in its place, in a trace."""
+        if self.layer is None:
+            self.values.write(value)
+        else:
+            self.values[self.layer] = value
+
+
+class Once:
+    """A value that a model has once."""
+
+    def __init__(self, envoy: Any) -> None:
+        self._envoy = envoy
+
+    def read(self) -> torch.Tensor:
+        """What the module returns."""
+        return self._envoy.output
+
+    def write(self, value: torch.Tensor) -> None:
+        """Put a value in its place."""
+        self._envoy.output = value
 
 
 class Logits(torch.Tensor):
@@ -128,6 +167,20 @@ class ServedModel(NNsight):
     resid_post = property(lambda self: Values(self.layers, "", "output"))
     attn_out = property(lambda self: Values(self.layers, self._part(1), "output"))
     mlp_out = property(lambda self: Values(self.layers, self._part(2), "output"))
+
+    def site(self, name: str, layer: int | None = None, *, stack: str | None = None) -> Any:
+        """A value of the vocabulary as an object.
+
+        Raises:
+            NamesError: There is none of that name or layer here.
+        """
+        if name in ("embed", "final_norm", "logits") and layer is None:
+            return Site(name, None, Once(self.lm_head if name == "logits" else getattr(self, name)))
+        if name not in _IN_LAYERS or stack:
+            return self.names
+        if layer is None or not -len(self.layers) <= layer < len(self.layers):
+            raise NamesError(f"{name} is a value of each of {len(self.layers)} layers; there is no layer {layer}.")
+        return Site(name, layer % len(self.layers), getattr(self, name))
 
     @property
     def names(self) -> Any:
