@@ -236,7 +236,7 @@ def test_another_users_prompts_and_files_are_nowhere(server, keys, folder):
         import re
         import sys
 
-        seen, opened = [].save(), [].save()
+        hold, seen, opened = given, [].save(), [].save()
         look = re.compile("xyzzy-[0-9a-f]{32}")
         for thing in gc.get_objects():
             values = list(thing.values()) if type(thing) is dict else thing if type(thing) in (list, tuple) else ()
