@@ -19,6 +19,11 @@ def add_serve(commands: Any) -> None:
     serve.add_argument("--trusted", action="store_true", help="run blocks in the process that holds the model")
     serve.add_argument("--data", type=Path, metavar="FOLDER", help="where the queue and answers are kept")
     serve.add_argument("--replicas", type=int, default=1, metavar="N", help="processes that hold each model")
+    limits = serve.add_argument_group("what one user may take")
+    limits.add_argument("--job-seconds", type=int, metavar="N", help="how long a job may run")
+    limits.add_argument("--job-memory", type=int, metavar="MIB", help="memory of a confined job, beyond the model")
+    limits.add_argument("--user-jobs", type=int, metavar="N", help="jobs of one user that wait or run")
+    limits.add_argument("--keep", type=int, metavar="SECONDS", help="how long answers are kept")
     serve.add_argument("--dtype", help="the models' dtype: bfloat16, float32, …")
     serve.add_argument("--device-map", help="as `from_pretrained` takes it: auto, cpu, cuda:0, …")
     _add_keys(commands)
@@ -41,8 +46,10 @@ def _add_keys(commands: Any) -> None:
 
 
 def _serve(options: argparse.Namespace) -> None:
-    from nnsight.server import serve
+    from nnsight.server import Limits, serve
 
+    memory = None if options.job_memory is None else options.job_memory * 2**20
+    wanted = {"seconds": options.job_seconds, "memory": memory, "queued": options.user_jobs, "keep": options.keep}
     given = {"dtype": options.dtype, "device_map": options.device_map}
     serve(
         options.models,
@@ -54,6 +61,7 @@ def _serve(options: argparse.Namespace) -> None:
         data=options.data,
         options={name: value for name, value in given.items() if value is not None},
         replicas=options.replicas,
+        limits=Limits(**{name: value for name, value in wanted.items() if value is not None}),
     )
 
 

@@ -269,6 +269,12 @@ class Queue:
         self._news.tell(job)
         self._news.tell_work()
 
+    def recover(self) -> None:
+        """At the start of the only server: jobs that ran when the last one died wait again, or fail."""
+        with self._store.begin() as db:
+            for row in db.execute(select(jobs).where(jobs.c.status == "running")).all():
+                self._requeue(db, row)
+
     def sweep(self) -> None:
         """Requeue jobs whose replica gave no sign of life, and forget old ones."""
         now = time.time()

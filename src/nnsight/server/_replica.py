@@ -186,8 +186,12 @@ class Replica:
         watch.join()
         if len(answer) > self._limits.answer:
             self._queue.fail(claim.id, f"The saved values have {len(answer)} bytes; at most {self._limits.answer} do.")
-        else:
+            return
+        try:
             self._queue.finish(claim.id, answer)
+        except OSError as error:
+            log.error("answer not kept", extra={"job": claim.id, "error": type(error).__name__, "number": error.errno})
+            self._queue.fail(claim.id, "The server had no room for the answer.")
 
 
 class _Watch(threading.Thread):

@@ -69,6 +69,7 @@ def serve(
     with _only_server_in(folder):
         store, news, monitor = Store(folder), News(), Monitor()
         queue = Queue(store, limits, news, monitor)
+        queue.recover()
 
         def make(model: str) -> list[Replica]:
             return [
