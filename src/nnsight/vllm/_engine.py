@@ -131,11 +131,13 @@ class Engine:
             if not lane.lives:
                 continue
             main = lane.main
-            main.counts[module] = main.counts.get(module, 0) + 1
-            main.running.append(module)
             if module is self.root:
                 with lane.visiting():
                     main._begin_step()
+                if not lane.lives:
+                    continue
+            main.counts[module] = main.counts.get(module, 0) + 1
+            main.running.append(module)
             if module in main.wanted_inputs or module in main.input_recorders:
                 inputs = inputs or bridge_of(type(module)).inputs(args, kwargs)
                 with guarding(lane):
