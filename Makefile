@@ -4,6 +4,7 @@
 #   make test     the whole suite; PYTEST_ARGS="-k name -x" is handed to pytest
 #   make check    lint, types and tests: what a change must pass
 #   make test-vllm  the tests of vLLM engines, in an environment of their own (.venv-vllm)
+#   make vllm-table  the same, and write the table in docs/vllm.md
 #   make lint     ruff and pyright alone
 #   make browser  a Chromium for the tests of pages, where there is none and it may be installed
 #   make bench    what tracing costs
@@ -19,7 +20,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 MAKEFLAGS += --no-print-directory
 
-.PHONY: demo test test-vllm check lint browser bench families clean
+.PHONY: demo test test-vllm vllm-table check lint browser bench families clean
 
 demo: $(VENV)/.demo
 	$(BIN)/nnsight demo
@@ -29,6 +30,9 @@ test: $(VENV)/.dev browser
 
 test-vllm: .venv-vllm/.ready
 	.venv-vllm/bin/python -m pytest tests/vllm -W default $(PYTEST_ARGS)
+
+vllm-table: .venv-vllm/.ready
+	NNSIGHT_VLLM_TABLE=docs/vllm.md .venv-vllm/bin/python -m pytest tests/vllm -W default
 
 check: lint test
 

@@ -23,7 +23,7 @@ SLACK = 0.03  # of a forward, over the share of the weights that are used
 def ours(model, ids, layer):
     with model.trace(ids, stop_after_last=True):
         hidden = model.transformer.h[layer].output.save()
-    return hidden  # noqa: RET504 (as the peer's, which compiles the body)
+    return hidden
 
 
 def peers(model, ids, layer):
@@ -36,7 +36,7 @@ def peers(model, ids, layer):
 def whole(model, ids, layer):
     with model.trace(ids):
         hidden = model.transformer.h[layer].output.save()
-    return hidden  # noqa: RET504
+    return hidden
 
 
 def work():

@@ -42,7 +42,7 @@ def expected():
     local = LanguageModel(NAME, dispatch=True)
     with torch.no_grad(), local.trace(PROMPT):
         logits = local.lm_head.output.save()
-    return logits  # noqa: RET504
+    return logits
 
 
 @pytest.fixture

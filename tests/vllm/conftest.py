@@ -31,6 +31,33 @@ CONFIGS = {
     "mixtral": ("MixtralConfig", {"num_local_experts": 4, "num_experts_per_tok": 2, "sliding_window": None}),
 }
 NAMES = ("gpt2", *CONFIGS)
+MARK = "<!-- written by `make vllm-table`, from what ran -->"
+
+
+TABLE = os.environ.get("NNSIGHT_VLLM_TABLE")  # a file to write what was shown to
+_shown: dict[tuple[str, str], set[str]] = {}
+
+
+@pytest.hookimpl(hookwrapper=True)
+def pytest_runtest_makereport(item, call):
+    report = (yield).get_result()
+    family = getattr(item, "callspec", None) and item.callspec.params.get("pair")
+    if TABLE and family and report.when in ("setup", "call") and not (report.when == "setup" and report.passed):
+        cell = "error" if item.path.name == "test_refused.py" else "supported"
+        feature = item.originalname.removeprefix("test_").replace("_", " ")
+        _shown.setdefault((feature, family), set()).add(cell if report.passed else "DIFFERENT")
+
+
+def pytest_sessionfinish():
+    if not _shown:
+        return
+    rows = [f"| | {' | '.join(NAMES)} |", f"|---|{'---|' * len(NAMES)}"]
+    for feature in dict.fromkeys(feature for feature, _ in _shown):
+        cells = [" ".join(sorted(_shown.get((feature, name), {"missing"}))) for name in NAMES]
+        rows.append(f"| {feature} | {' | '.join(cells)} |")
+    path = Path(TABLE)
+    head, _, _ = path.read_text("utf-8").partition(MARK)
+    path.write_text(head + MARK + "\n\n" + "\n".join(rows) + "\n", "utf-8")
 
 
 def pytest_collection_modifyitems(items):

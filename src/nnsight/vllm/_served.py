@@ -121,6 +121,10 @@ class ServedModel(NNsight):
         tree = self._tree
         tree.instruments = LaneInstruments(engine.root)
         tree.plain_tensors = False
+        tree.hides_operations = (
+            "On vLLM the operations inside a forward are those of all requests, and of kernels: read the modules' values, "
+            "or use LanguageModel."
+        )
         tree.present = self._present
         tree.accept = self._accept
         self._shown = {m for name, m in engine.root.named_modules() if self._is_block(name)}
