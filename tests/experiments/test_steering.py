@@ -100,12 +100,14 @@ def test_in_place(family, ids):
     torch.testing.assert_close(found, untouched)
 
 
-def test_an_experiment_on_a_steered_model(model, plain, ids, other_ids, diff):
+@pytest.mark.parametrize("edited", [0, 1, 2])
+@pytest.mark.parametrize("site", ["resid_post", "head_q"])
+def test_an_experiment_on_a_steered_model(model, plain, ids, other_ids, diff, site, edited):
     """Its runs do not start in the middle where an edit lies before."""
     from nnsight.experiments import activation_patching, logit_diff
 
-    vector = torch.randn(32, generator=torch.Generator().manual_seed(0))
-    steered = steer(model, vector, 0).model
+    vector = torch.randn((4, 8) if site == "head_q" else (32,), generator=torch.Generator().manual_seed(0))
+    steered = steer(model, vector, edited, site=site).model
     found = activation_patching(steered, ids, other_ids, logit_diff(5, 7), "mlp_out", "layer", progress=False)
 
     def add(value):
@@ -113,9 +115,9 @@ def test_an_experiment_on_a_steered_model(model, plain, ids, other_ids, diff):
 
     with torch.no_grad():
         for layer in range(3):
-            plain(ids[None], {("resid_post", 0): add}, reads=[("mlp_out", layer)])
+            plain(ids[None], {(site, edited): add}, reads=[("mlp_out", layer)])
             new = plain.values["mlp_out", layer]
-            logits = plain(other_ids[None], {("resid_post", 0): add, ("mlp_out", layer): lambda value, new=new: new})
+            logits = plain(other_ids[None], {(site, edited): add, ("mlp_out", layer): lambda value, new=new: new})
             torch.testing.assert_close(found.values[layer], diff(logits)[0], rtol=1e-4, atol=1e-4)
 
 
