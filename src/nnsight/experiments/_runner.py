@@ -114,7 +114,9 @@ class Runner:
         self._final = final[: self.unit]
         with torch.no_grad():
             same = self._agree(lambda: self._run_layers(rows, self.layers // 2, _nothing), self._cut(self._final))
-            same = same and self._agree(lambda: self.finish(self._cut(final[: self.unit])).logits, self._cut(self._logits))
+            same = same and self._agree(
+                lambda: self.finish(self._cut(final[: self.unit])).logits, self._cut(self._logits)
+            )
         if not same:
             self.stream = self._final = None
 

@@ -59,7 +59,7 @@ class Applied:
 
 
 _INSIDE = """\
-model.apply(...) is for the traces inside it, and here a trace is open already. Put it outside:
+model.apply(...) and model.steer(...) are for the traces inside them, and here a trace is open already. Put them outside:
 
     with model.apply(spec):
         with model.trace(prompt):

@@ -33,6 +33,7 @@ from ..protocol import (
     Node,
     write_frame,
 )
+from ..trace import Edit
 from ._code import free_variables, globals_of, is_installed, registered, source_of
 from ._unsaved import NotSaved
 
@@ -181,6 +182,8 @@ class JobWriter:
         state = ModelState([], model._rename)
         self._states.append(state)
         for edit in model._edits:
+            if not isinstance(edit, Edit):
+                raise TravelError(f"{edit.name} cannot travel: write it as a block, under `with model.edit():`.")
             state.edits.append(self._bound(edit._block, edit._scope))
         return number
 

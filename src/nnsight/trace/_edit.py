@@ -68,12 +68,12 @@ class FunctionEdit:
     """A stored function: `begin` is called once a run, and what it returns at every step, with the step's number."""
 
     def __init__(self, name: str, begin: Callable[[], Callable[[int], None]]) -> None:
-        self._name = name
+        self.name = name
         self._begin = begin
 
     def add_to(self, run: Run) -> None:
         """Give a run a worker for this edit."""
-        worker = EditWorker(run, self._name)
+        worker = EditWorker(run, self.name)
         act = self._begin()
         worker.start(lambda: _run_each_step(run, worker, lambda: act(worker.step or 0)))
         run.add(worker)
