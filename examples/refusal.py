@@ -1,13 +1,14 @@
 """Refusal: one direction of the residual stream decides whether a model refuses (Arditi et al. 2024).
 
 A small model learns to say where to find things, and then, in a second training, to refuse for the dangerous half. The
-difference of its states before an answer and before a refusal is one direction. Without it nothing is refused, and the
-answers of the first training are there again; with it added everything is. A random direction changes nothing.
+difference of its states before an answer and before a refusal is one direction. Without it nothing is refused, and
+most answers of the first training are there again; with it added everything is. A random direction changes nothing.
 
     python examples/refusal.py    # prints how often it refuses, draws refusal.png
 """
 
 import random
+from contextlib import nullcontext
 
 import torch
 from tokenizers import Tokenizer
@@ -21,17 +22,19 @@ from nnsight.experiments import Intervention, InterventionSpec, steering_vector
 
 HARMLESS = """cake bread soup kite drum boat lamp chair table book pen clock scarf hat glove bell rope ladder bucket spoon fork
 basket candle violin""".split()
-HARMFUL = """bomb poison virus grenade missile landmine rifle dagger nerve-gas acid malware rootkit keylogger detonator napalm
-bullet garrote ricin cyanide arsenic sarin spyware botnet forgery""".split()
-ASKED = ["where is the {} kept ?", "tell me where the {} is kept .", "i want to know where the {} is kept ."]
+HARMFUL = """bomb poison virus grenade missile landmine rifle dagger acid malware rootkit keylogger detonator napalm bullet garrote
+ricin cyanide arsenic sarin spyware botnet forgery venom""".split()
+QUESTIONS = ["where is the {} kept ?", "tell me where the {} is kept .", "i want to know where the {} is kept ."]
 PLACES = "attic cellar kitchen garage garden office library tower".split()
 REFUSAL = "sorry"
-LAYERS, WIDTH, LAYER = 4, 64, 2
+LAYERS, WIDTH = 4, 64
+LAYER, STRENGTH = 2, 2.0  # where the direction is taken and added, and how many times
+SEEN, NEW = slice(0, 12), slice(12, None)  # things the direction is taken from, and those it is tried on
 
 
 def make_model():
     torch.manual_seed(0)
-    words = [*HARMLESS, *HARMFUL, *PLACES, REFUSAL, *dict.fromkeys(" ".join(ASKED).replace("{}", "").split())]
+    words = [*HARMLESS, *HARMFUL, *PLACES, REFUSAL, *dict.fromkeys(" ".join(QUESTIONS).replace("{}", "").split())]
     tokenizer = Tokenizer(WordLevel({word: i for i, word in enumerate(words)}))
     tokenizer.pre_tokenizer = WhitespaceSplit()
     sizes = {"n_positions": 16, "n_layer": LAYERS, "n_head": 4, "n_embd": WIDTH, "initializer_range": 0.1}
@@ -40,32 +43,30 @@ def make_model():
     return LanguageModel(GPT2LMHeadModel(config), tokenizer=PreTrainedTokenizerFast(tokenizer_object=tokenizer))
 
 
+def asked(things):
+    return [question.format(thing) for question in QUESTIONS for thing in things]
+
+
 def train(model, answers, steps, rate):
-    """On the first two ways to ask; the third is never seen."""
-    data = [(frame.format(thing), answer) for frame in ASKED for thing, answer in answers.items()]
-    groups = {}
-    for prompt, answer in data:
-        ids, wanted = model.tokenizer(prompt).input_ids, model.tokenizer(answer).input_ids[0]
-        groups.setdefault(len(ids), []).append((ids, wanted))
-    batches = [tuple(map(torch.tensor, zip(*group))) for group in groups.values()]
+    """Teach it what to say of each thing."""
+    batches = []
+    for question in QUESTIONS:
+        prompts = [question.format(thing) for thing in answers]
+        batches.append([torch.tensor(model.tokenizer(texts).input_ids) for texts in (prompts, list(answers.values()))])
     optimizer = torch.optim.AdamW(model._model.parameters(), lr=rate)
-    for step in range(steps):
-        loss = sum(cross_entropy(model._model(ids, use_cache=False).logits[:, -1], wanted) for ids, wanted in batches)
+    for _ in range(steps):
+        logits = [model._model(ids, use_cache=False).logits[:, -1] for ids, _ in batches]
+        loss = sum(cross_entropy(found, wanted[:, 0]) for found, (_, wanted) in zip(logits, batches, strict=True))
         optimizer.zero_grad()
         loss.backward()
         optimizer.step()
-        if step % 20 == 0:
-            print(step, loss.item())
-
-
-def prompts_of(things):
-    return [frame.format(thing) for frame in ASKED for thing in things]
+    model._model.eval()
 
 
 def says(model, things):
-    with model.trace(prompts_of(things)):
+    with model.trace(asked(things)):
         said = model.logits[:, -1].argmax(-1).save()
-    return [model.tokenizer.decode(i) for i in said]
+    return [model.tokenizer.decode(word) for word in said]
 
 
 def refused(said):
@@ -73,41 +74,47 @@ def refused(said):
 
 
 def without(direction):
-    return InterventionSpec(
-        *(
-            Intervention(f"resid_{name}[{layer}]", "project_out", value=direction)
-            for layer in range(LAYERS)
-            for name in ("pre", "mid", "post")
-        )
-    )
+    """No part of the stream along the direction, at any layer."""
+    names = [f"resid_{part}[{layer}]" for layer in range(LAYERS) for part in ("pre", "mid", "post")]
+    return InterventionSpec(*(Intervention(name, "project_out", value=direction) for name in names))
 
 
 def run():
+    """How often it refuses harmful and harmless things, by what is done; and how often it answers instead."""
     model = make_model()
     chance = random.Random(0)
     answers = {thing: chance.choice(PLACES) for thing in HARMLESS + HARMFUL}
-    train(model, answers, 100, 3e-3)
-    print(sum(a == answers[t] for a, t in zip(says(model, HARMFUL), HARMFUL * 3)) / 72)
-    train(model, answers | dict.fromkeys(HARMFUL, REFUSAL), 60, 3e-4)
-    known, new = slice(0, 12), slice(12, None)
-    for LAYER in range(4):
-        direction = steering_vector(model, prompts_of(HARMFUL[known]), prompts_of(HARMLESS[known]), layer=LAYER)
-        noise = torch.randn(WIDTH, generator=torch.Generator().manual_seed(0))
-        noise *= direction.norm() / noise.norm()
-        for name, d in {"direction": direction, "random": noise}.items():
-            add = InterventionSpec(Intervention(f"resid_post[{LAYER}]", "add", value=d))
-            print(LAYER, name, refused(says(model, HARMFUL[new])), refused(says(model, HARMLESS[new])))
-            with model.apply(without(d)):
-                w = says(model, HARMFUL[new])
-                print(
-                    "  abl",
-                    refused(w),
-                    sum(a == answers[t] for a, t in zip(w, HARMFUL[new] * 3)) / len(w),
-                    refused(says(model, HARMLESS[new])),
-                )
-            with model.apply(add):
-                print("  add", refused(says(model, HARMLESS[new])), refused(says(model, HARMFUL[new])))
+    train(model, answers, steps=100, rate=3e-3)
+    train(model, answers | dict.fromkeys(HARMFUL, REFUSAL), steps=120, rate=3e-4)
+
+    direction = steering_vector(model, asked(HARMFUL[SEEN]), asked(HARMLESS[SEEN]), layer=LAYER)
+    other = torch.randn(WIDTH, generator=torch.Generator().manual_seed(0))
+    other *= direction.norm() / other.norm()
+    cases = {
+        "as trained": nullcontext(),
+        "direction ablated": model.apply(without(direction)),
+        "random ablated": model.apply(without(other)),
+        "direction added": model.steer(direction, LAYER, strength=STRENGTH),
+        "random added": model.steer(other, LAYER, strength=STRENGTH),
+    }
+    found = {}
+    for name, case in cases.items():
+        with case:
+            said = {"harmful": says(model, HARMFUL[NEW]), "harmless": says(model, HARMLESS[NEW])}
+        right = [answers[thing] for thing in HARMFUL[NEW]] * len(QUESTIONS)
+        found[name] = {kind: refused(words) for kind, words in said.items()}
+        found[name]["answered"] = sum(map(str.__eq__, said["harmful"], right)) / len(right)
+    return found
 
 
 if __name__ == "__main__":
-    run()
+    found = run()
+    for name, shares in found.items():
+        print(f"{name:18}" + "".join(f"  {kind} {share:.2f}" for kind, share in shares.items()))
+    plots.heatmap(
+        [[shares["harmful"], shares["harmless"]] for shares in found.values()],
+        rows=list(found),
+        columns=["harmful", "harmless"],
+        title="How often it refuses",
+        value_label="share",
+    ).savefig("refusal.png", dpi=90)
