@@ -71,13 +71,14 @@ def run():
 
 if __name__ == "__main__":
     found = run()
-    print(f"probability of the answer: clean {found.pop('clean'):.2f}, spoilt {found.pop('spoilt'):.2f}")
-    for name, values in found.items():
+    effects = {name: values for name, values in found.items() if isinstance(values, list)}
+    print(f"probability of the answer: clean {found['clean']:.2f}, spoilt {found['spoilt']:.2f}")
+    for name, values in effects.items():
         print(f"{name:26}" + "".join(f"{value:6.2f}" for value in values))
     plots.heatmap(
-        list(found.values()),
-        rows=list(found),
-        columns=[str(layer) for layer in range(len(found["state, last"]))],
+        list(effects.values()),
+        rows=list(effects),
+        columns=[str(layer) for layer in range(len(effects["state, last"]))],
         title="What brings the answer back, by layer",
         value_label="probability of the answer",
     ).savefig("causal_tracing.png", dpi=90)

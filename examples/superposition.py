@@ -82,6 +82,5 @@ def draw(found):
 if __name__ == "__main__":
     found = run()
     for name, features in found.items():
-        counts = ", ".join(f"{count} at {sparsity:.0%}" for count, sparsity in zip(represented(features), SPARSITIES))
-        print(f"{name:6} features represented, by how often each is absent: {counts}")
+        print(f"{name:6} features represented: {represented(features)}, where each is absent {SPARSITIES} of the time")
     draw(found["relu"]).savefig("superposition.png", dpi=120)
