@@ -8,6 +8,7 @@
 #   make lint     ruff and pyright alone
 #   make browser  a Chromium for the tests of pages, where there is none and it may be installed
 #   make bench    what tracing costs
+#   make examples run the examples, and draw the pictures of docs/examples.md
 #   make families run the tests of every family of models, and write docs/families.md from what they showed
 #   make clean    remove .venv and the caches
 #
@@ -20,7 +21,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 MAKEFLAGS += --no-print-directory
 
-.PHONY: demo test test-vllm vllm-table check lint browser bench families clean
+.PHONY: demo test test-vllm vllm-table check lint browser bench examples families clean
 
 demo: $(VENV)/.demo
 	$(BIN)/nnsight demo
@@ -52,6 +53,11 @@ browser:
 bench: $(VENV)/.demo
 	@test -f benchmarks/trace_overhead.py || { echo "there are no benchmarks yet" >&2; exit 1; }
 	$(BIN)/python benchmarks/trace_overhead.py
+
+examples: $(VENV)/.demo
+	@mkdir -p docs/pictures && cd docs/pictures && for script in ../../examples/*.py; do \
+		echo "$$script"; ../../$(BIN)/python $$script || exit 1; \
+	done
 
 families: $(VENV)/.dev
 	$(BIN)/python scripts/families.py

@@ -1,8 +1,5 @@
 """Bodies in the cells of a notebook, on a kernel of the interpreter that runs the tests."""
 
-import json
-import sys
-
 import pytest
 
 nbclient = pytest.importorskip("nbclient")
@@ -51,20 +48,6 @@ with model.trace(x):
     model[0].output = x
 """
 AFTER = "print(all('forward' not in vars(module) for module in net.modules()))"
-
-
-@pytest.fixture
-def kernels(tmp_path, monkeypatch, environment):
-    """A kernel `here` that is this interpreter, and no folder of the user's."""
-    folder = tmp_path / "data" / "kernels" / "here"
-    folder.mkdir(parents=True)
-    command = [sys.executable, "-m", "ipykernel_launcher", "-f", "{connection_file}"]
-    (folder / "kernel.json").write_text(json.dumps({"argv": command, "display_name": "here", "language": "python"}))
-    for name in ("JUPYTER_DATA_DIR", "JUPYTER_RUNTIME_DIR", "JUPYTER_CONFIG_DIR", "IPYTHONDIR"):
-        monkeypatch.setenv(name, str(tmp_path / ("data" if name == "JUPYTER_DATA_DIR" else name.lower())))
-    monkeypatch.setenv("JUPYTER_PLATFORM_DIRS", "1")
-    monkeypatch.setenv("PYTHONPATH", environment["PYTHONPATH"])
-    monkeypatch.setenv("PYDEVD_DISABLE_FILE_VALIDATION", "1")
 
 
 def output_of(cell):

@@ -1,5 +1,7 @@
 """Steering vectors and steered models, against plain hooks."""
 
+from contextlib import nullcontext
+
 import pytest
 import torch
 
@@ -90,7 +92,9 @@ def test_in_place(family, ids):
     vector = torch.ones(32)
     with torch.no_grad():
         expected, untouched = plain(ids[None], {("resid_post", 2): lambda value: value + vector}), plain(ids[None])
-    assert steer(model, vector, 2, inplace=True).model is model
+    with steer(model, vector, 2, inplace=True) as steered:  # the statement adds nothing
+        torch.testing.assert_close(logits_of(steered, ids), expected, rtol=1e-4, atol=1e-4)
+    assert steered is model
     with model.trace(ids[None]):
         found = model.logits.save()
     torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-4)
@@ -100,12 +104,14 @@ def test_in_place(family, ids):
     torch.testing.assert_close(found, untouched)
 
 
-def test_an_experiment_on_a_steered_model(model, plain, ids, other_ids, diff):
+@pytest.mark.parametrize("edited", [0, 1, 2])
+@pytest.mark.parametrize("site", ["resid_post", "head_q"])
+def test_an_experiment_on_a_steered_model(model, plain, ids, other_ids, diff, site, edited):
     """Its runs do not start in the middle where an edit lies before."""
     from nnsight.experiments import activation_patching, logit_diff
 
-    vector = torch.randn(32, generator=torch.Generator().manual_seed(0))
-    steered = steer(model, vector, 0).model
+    vector = torch.randn((4, 8) if site == "head_q" else (32,), generator=torch.Generator().manual_seed(0))
+    steered = steer(model, vector, edited, site=site).model
     found = activation_patching(steered, ids, other_ids, logit_diff(5, 7), "mlp_out", "layer", progress=False)
 
     def add(value):
@@ -113,10 +119,76 @@ def test_an_experiment_on_a_steered_model(model, plain, ids, other_ids, diff):
 
     with torch.no_grad():
         for layer in range(3):
-            plain(ids[None], {("resid_post", 0): add}, reads=[("mlp_out", layer)])
+            plain(ids[None], {(site, edited): add}, reads=[("mlp_out", layer)])
             new = plain.values["mlp_out", layer]
-            logits = plain(other_ids[None], {("resid_post", 0): add, ("mlp_out", layer): lambda value, new=new: new})
+            logits = plain(other_ids[None], {(site, edited): add, ("mlp_out", layer): lambda value, new=new: new})
             torch.testing.assert_close(found.values[layer], diff(logits)[0], rtol=1e-4, atol=1e-4)
+
+
+def logits_of(model, ids):
+    with model.trace(ids[None]):
+        return model.logits.save()
+
+
+def test_a_model_is_steered_inside_the_with_statement(model, plain, ids):
+    vector = torch.randn(32, generator=torch.Generator().manual_seed(0))
+    with torch.no_grad():
+        once = plain(ids[None], {("resid_post", 1): lambda value: value + 3 * vector})
+        twice = plain(
+            ids[None], {("resid_post", 1): lambda value: value + 2 * vector, ("mlp_out", 2): lambda v: v + vector}
+        )
+        untouched = plain(ids[None])
+    steering = model.steer(vector, 1, strength=3)
+    for _ in range(2):  # it can be entered again
+        with steering as steered:
+            assert steered is model
+            torch.testing.assert_close(logits_of(model, ids), once, rtol=1e-4, atol=1e-4)
+        torch.testing.assert_close(logits_of(model, ids), untouched)
+    with model.steer(vector, 1, strength=2), model.steer(vector, -1, site="mlp_out"):
+        torch.testing.assert_close(logits_of(model, ids), twice, rtol=1e-4, atol=1e-4)
+    torch.testing.assert_close(logits_of(model, ids), untouched)
+
+
+def test_an_error_inside_ends_the_steering(model, plain, ids):
+    with torch.no_grad():
+        untouched = plain(ids[None])
+    with pytest.raises(ZeroDivisionError):
+        with model.steer(torch.ones(32), 1):
+            1 / 0
+    torch.testing.assert_close(logits_of(model, ids), untouched)
+
+
+def test_the_copy_stays_steered(model, plain, ids):
+    vector = torch.randn(32, generator=torch.Generator().manual_seed(0))
+    with torch.no_grad():
+        expected = plain(ids[None], {("resid_post", 0): lambda value: value + vector})
+        untouched = plain(ids[None])
+    steering = model.steer(vector, 0)
+    assert steering.model is not model
+    with steering:
+        torch.testing.assert_close(logits_of(steering.model, ids), expected, rtol=1e-4, atol=1e-4)  # once, not twice
+    torch.testing.assert_close(logits_of(steering.model, ids), expected, rtol=1e-4, atol=1e-4)
+    torch.testing.assert_close(logits_of(model, ids), untouched)
+
+
+def test_a_generation_is_steered_inside_the_with_statement(model, ids):
+    vector = torch.randn(32, generator=torch.Generator().manual_seed(0)) * 3
+    found = []
+    for steered in (model, model.steer(vector, 1).model):
+        with model.steer(vector, 1) if steered is model else nullcontext():
+            with steered.generate(ids[None], max_new_tokens=4, do_sample=False):
+                found.append(steered.generator.output.save().tolist())
+    with model.generate(ids[None], max_new_tokens=4, do_sample=False):
+        plain_ids = model.generator.output.save().tolist()
+    assert found[0] == found[1] != plain_ids
+
+
+def test_steering_is_not_begun_in_a_trace(model, ids):
+    steering = model.steer(torch.ones(32), 1)
+    with pytest.raises(errors.InputError, match="a trace is open"):
+        with model.trace(ids[None]):
+            with steering:
+                pass
 
 
 def test_what_cannot_be_added_is_refused(model):

@@ -168,6 +168,26 @@ def test_gradients_of_saved_tensors(model, where, plain):
     plain.module.zero_grad(set_to_none=True)
 
 
+def test_a_steered_model(model, where, plain):
+    vector = torch.ones(128)
+
+    def add(hidden):
+        return hidden + 2 * vector
+
+    expected = plain.run(PROMPT, {"transformer.h.1": add})["lm_head"]
+    with model.steer(vector, 1, strength=2):
+        with model.trace(PROMPT, **where):
+            inside = model.lm_head.output.save()
+    steered = model.steer(vector, 1, strength=2).model
+    with steered.trace(PROMPT, **where):
+        copied = steered.lm_head.output.save()
+    with model.trace(PROMPT, **where):
+        untouched = model.lm_head.output.save()
+    assert torch.equal(inside, expected)
+    assert torch.equal(copied, expected)
+    assert torch.equal(untouched, plain.run(PROMPT)["lm_head"])
+
+
 def test_an_edited_model(model, where, plain):
     factor = 3.0
     with model.edit() as edited:

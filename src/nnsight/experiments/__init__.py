@@ -31,7 +31,6 @@ from ._spec import InterventionSpec as InterventionSpec
 from ._splice import Dictionary as Dictionary
 from ._splice import Spliced as Spliced
 from ._splice import splice as splice
-from ._steering import Steered as Steered
 from ._steering import steer as steer
 from ._steering import steering_vector as steering_vector
 from ._store import ActivationStore as ActivationStore

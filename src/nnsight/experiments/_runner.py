@@ -113,10 +113,12 @@ class Runner:
         rows = list(range(self.unit))
         self._final = final[: self.unit]
         with torch.no_grad():
-            if not self._agree(lambda: self._run_layers(rows, self.layers // 2, _nothing), self._cut(self._final)):
-                self.stream = self._final = None
-            elif not self._agree(lambda: self.finish(self._cut(final[: self.unit])).logits, self._cut(self._logits)):
-                self._final = None
+            same = self._agree(lambda: self._run_layers(rows, self.layers // 2, _nothing), self._cut(self._final))
+            same = same and self._agree(
+                lambda: self.finish(self._cut(final[: self.unit])).logits, self._cut(self._logits)
+            )
+        if not same:
+            self.stream = self._final = None
 
     def _agree(self, run: Callable[[], torch.Tensor], expected: torch.Tensor) -> bool:
         try:
@@ -221,9 +223,11 @@ class Runner:
     def finish(self, finals: torch.Tensor) -> Any:
         """The model's output, from what leaves its last layer."""
         ids = torch.zeros(finals.shape[:2], dtype=torch.long)
+        names = self.model.names
         with self.model.trace(ids, **self.options):
-            for layer in range(self.layers):
-                self.model.names.layers[layer].skip(finals)
+            names.layers[0].skip(finals)
+            for layer in range(1, self.layers):  # it hands on what it is given: a stored edit on the way shows
+                names.layers[layer].skip(names.resid_pre[layer])
             return self.model.output.save()
 
     def _inputs(self, prompts: Sequence[int]) -> Any:

@@ -9,11 +9,9 @@ import torch
 from nnsight import LanguageModel, errors
 
 from ._memory import Budget
-from ._places import find_place
 from ._prompts import encode
 from ._runner import Runner
 from ._scoring import NoScore
-from ._spec import Intervention, InterventionSpec
 
 Method = Literal["diff_of_means", "pca"]
 
@@ -103,8 +101,8 @@ def steer(
     site: str = "resid_post",
     strength: float = 1.0,
     inplace: bool = False,
-) -> Steered:
-    """Add a vector at every position, in every trace and at every step of a generation (Turner et al. 2023).
+) -> Any:
+    """`model.steer(vector, layer)`, as a function.
 
     Example:
         >>> from nnsight import LanguageModel
@@ -122,33 +120,16 @@ def steer(
     Args:
         model: The model.
         vector: In the shape of the value at one position, as `steering_vector` gives it.
-        layer: At which layer, from the last one where negative.
+        layer: As for `model.steer`, and so the others.
         site: The value it is added to.
         strength: How many times it is added.
-        inplace: Steer `model` itself, until `model.clear_edits()`; otherwise a second model is made that shares its weights.
+        inplace: Steer `model` until `model.clear_edits()`, without a `with` statement.
 
     Returns:
-        A context whose `as` name is the steered model; it is also its attribute `model`.
+        A context whose `as` value is `model`, steered until its end. Its attribute `model` is a second model that shares the
+        weights and stays steered.
 
     Raises:
         InputError: The vector is none that can be added there.
     """
-    place = model.site(site, layer)
-    if place.axes[1] != "pos" or vector.dim() != len(place.axes) - 2:
-        raise errors.InputError(f"A vector of shape {list(vector.shape)} cannot be added to {place!r}, {place.axes}.")
-    key = find_place(model, place).key
-    change = Intervention(key, "add", value=vector.detach(), factor=strength)
-    return Steered(model.edit(InterventionSpec(change), inplace=inplace))
-
-
-class Steered:
-    """A steered model, as a context; made by `steer`."""
-
-    def __init__(self, model: LanguageModel) -> None:
-        self.model = model
-
-    def __enter__(self) -> LanguageModel:
-        return self.model
-
-    def __exit__(self, *_error: object) -> None:
-        """Nothing to undo: the model itself was not changed, or it was asked to be for good."""
+    return model.steer(vector, layer, site=site, strength=strength, inplace=inplace)

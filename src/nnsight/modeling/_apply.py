@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from types import TracebackType
 from typing import Any, Protocol
 
@@ -41,27 +41,30 @@ def edit_of(model: Any, intervention: Intervention) -> InterventionEdit:
 class Applied:
     """The context that `model.apply(intervention)` gives; it can be entered again."""
 
-    def __init__(self, model: Any, edit: InterventionEdit, stored: list[Edit | InterventionEdit]) -> None:
+    def __init__(
+        self, model: Any, edits: Sequence[Edit | InterventionEdit], stored: list[Edit | InterventionEdit]
+    ) -> None:
         self._model = model
-        self._edit = edit
+        self._edits = edits
         self._stored = stored
 
     def __enter__(self) -> Any:
         if self._model._tree.find_worker() is not None:
             raise InputError(_INSIDE)
-        self._stored.append(self._edit)
+        self._stored += self._edits
         return self._model
 
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
     ) -> None:
-        index = max((i for i, stored in enumerate(self._stored) if stored is self._edit), default=None)
-        if index is not None:
-            del self._stored[index]
+        for edit in self._edits:
+            index = max((i for i, stored in enumerate(self._stored) if stored is edit), default=None)
+            if index is not None:
+                del self._stored[index]
 
 
 _INSIDE = """\
-model.apply(...) is for the traces inside it, and here a trace is open already. Put it outside:
+model.apply(...) and model.steer(...) are for the traces inside them, and here a trace is open already. Put them outside:
 
     with model.apply(spec):
         with model.trace(prompt):

@@ -7,6 +7,7 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import Any, Literal, TypeVar, cast, overload
 from weakref import WeakSet
 
+from torch import Tensor
 from torch.nn import Module
 
 from .. import _patches
@@ -20,6 +21,7 @@ from ._batch import join_inputs
 from ._elsewhere import open_elsewhere
 from ._offload import without_offload
 from ._probe import choose_rows, select_rows
+from ._steer import Steered, steer
 
 Kind = TypeVar("Kind", bound="NNsight")
 
@@ -305,7 +307,49 @@ class NNsight(Named):
         """
         if not hasattr(intervention, "prepare"):
             return self._bind(self._module.apply)(intervention)
-        return Applied(self, edit_of(self, cast("Intervention", intervention)), self._edits)
+        return Applied(self, [edit_of(self, cast("Intervention", intervention))], self._edits)
+
+    def steer(
+        self,
+        vector: Tensor,
+        layer: int,
+        *,
+        site: str = "resid_post",
+        strength: float = 1.0,
+        inplace: bool = False,
+    ) -> Steered:
+        """Add a vector at every position, in every trace and at every step of a generation (Turner et al. 2023).
+
+        In a `with` statement this model is steered. `.model` of what is returned is a second model that shares the weights
+        and stays steered.
+
+        Example:
+            >>> from nnsight import LanguageModel
+            >>> from nnsight.experiments import steering_vector
+            >>> model = LanguageModel("nnsight/landmarks")
+            >>> paris, rome = "The Eiffel Tower is in the city of", "The Colosseum is in the city of"
+            >>> vector = steering_vector(model, [rome], [paris], layer=8)
+            >>> with model.steer(vector, 8):
+            ...     with model.trace(paris):
+            ...         logits = model.logits.save()
+            >>> model.tokenizer.decode(logits[0, -1].argmax())
+            ' Rome'
+
+        Args:
+            vector: In the shape of the value at one position: `[d_model]` for `resid_post`, `[head, d_head]` for `head_z`.
+            layer: At which layer, from the last one where negative.
+            site: The value of the vocabulary that it is added to.
+            strength: How many times it is added.
+            inplace: Steer this model until `clear_edits()`, without a `with` statement.
+
+        Returns:
+            A context whose `as` value is this model.
+
+        Raises:
+            InputError: The vector is none that can be added there.
+            NamesError: The model has no such value.
+        """
+        return steer(self, vector, layer, site, strength, inplace)
 
     def clear_edits(self) -> None:
         """Drop every stored edit of this model; other models that share its weights keep theirs.
