@@ -217,11 +217,12 @@ class Engine:
             if not lane.lives:
                 continue
             main.counts[head] = main.counts.get(head, 0) + 1
+            main.running.append(head)
             if any(self._is_wanted(main, module) for module in (head, self.root)):
                 with guarding(lane):
                     logits = self._visit_logits(lane, head, logits)
             if lane.lives:
-                main.running.pop()
+                del main.running[-2:]  # the model's own call ends here too
         return logits
 
     def _is_wanted(self, main: Any, module: Any) -> bool:
