@@ -25,7 +25,7 @@ from ..modeling import NNsight
 from ..protocol import Event
 from ._execute import execute
 from ._jail import Allowance, confine
-from ._pipe import ANSWER, BEGUN, EVENT, FORK, JOB, JOBS, KILL, PROBLEM, Pipe
+from ._pipe import ANSWER, BEGUN, EVENT, FORK, JOB, JOBS, KILL, PROBLEM, READY, Pipe
 from ._together import execute_together
 
 
@@ -89,6 +89,7 @@ def run_confined(descriptor: int, model: NNsight, allowance: Allowance) -> None:
     except BaseException:
         pipe.send(PROBLEM, f"a process could not be confined: {traceback.format_exc()}".encode())
         os._exit(1)
+    pipe.send(READY)
     kind, frame = pipe.receive()
     if kind == JOB:
         pipe.send(ANSWER, execute(frame, model, _sender(pipe)))

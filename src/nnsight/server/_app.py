@@ -109,11 +109,12 @@ def _add_jobs(app: FastAPI, service: Service) -> None:
         "/v1/jobs",
         status_code=202,
         summary="Send a job",
-        description="The body is a frame of the protocol; the same Idempotency-Key is the same job.",
+        description="The body is a frame of the protocol; the same Idempotency-Key is the same job. The answer comes at "
+        "once, or with `wait` when the job has ended or so many seconds have passed.",
         responses=responses("JobState", 400, 401, 404, 413, 429, 503, code=202),
         openapi_extra={"requestBody": {"required": True, "content": {"application/octet-stream": {}}}},
     )
-    async def submit(request: Request) -> Response:
+    async def submit(request: Request, wait: float = 0.0) -> Response:
         user = await _user(service, request)
         if service.draining:
             raise ClosingError("The server is shutting down.")
@@ -121,7 +122,10 @@ def _add_jobs(app: FastAPI, service: Service) -> None:
         key = request.headers.get("Idempotency-Key", "")
         if not 8 <= len(key) <= 200:
             raise ProtocolError("a job needs an Idempotency-Key of 8 to 200 characters")
-        return _json(await run_in_threadpool(service.submit, user, key, body), 202)
+        state = await run_in_threadpool(service.submit, user, key, body)
+        if wait > 0 and state.status not in ENDED:
+            state = await _end_of(service, user.name, state.id, min(wait, _LONGEST_WAIT))
+        return _json(state, 202)
 
     @app.get("/v1/jobs", summary="Your jobs", responses=responses("JobList", 401))
     async def jobs(request: Request) -> Response:
@@ -188,6 +192,18 @@ def _order(body: bytes) -> ModelOrder:
         return msgspec.json.decode(body, type=ModelOrder)
     except msgspec.MsgspecError as error:
         raise ProtocolError(f"the body does not name a model: {error}") from error
+
+
+async def _end_of(service: Service, owner: str, job: str, wait: float) -> JobState:
+    """The state of a job when it has ended, or as it is after `wait` seconds."""
+    deadline = asyncio.get_running_loop().time() + wait
+    while True:
+        left = deadline - asyncio.get_running_loop().time()
+        state = await _next_state(service, owner, job, 2**31, "queued", left)
+        if state.status in ENDED or left <= 0:
+            return await run_in_threadpool(service.queue.state, owner, job, 0)
+        if state.status == "running":
+            state = await _next_state(service, owner, job, 2**31, "running", left)
 
 
 async def _next_state(service: Service, owner: str, job: str, after: int, known: str, wait: float) -> JobState:

@@ -10,8 +10,9 @@ import subprocess
 import sys
 import threading
 from collections.abc import Callable
+from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import suppress
-from typing import Any
+from typing import Any, NamedTuple
 
 import msgspec
 
@@ -84,6 +85,9 @@ class ModelProcess:
         """Send a job, and take what comes until its answer."""
         try:
             pipe.send(kind, frame)
+        except OSError as error:
+            raise NotBegunError(f"the process has died ({error})") from error
+        try:
             while True:
                 kind, data = self._receive(pipe)
                 if kind == EVENT and len(data) <= _LARGEST_EVENT:
@@ -154,48 +158,96 @@ class TrustedRunner(ModelProcess):
             self._kill()
 
 
+class _Forked(NamedTuple):
+    """A confined process that waits for its job."""
+
+    child: int
+    end: socket.socket
+
+
 class ConfinedRunner(ModelProcess):
-    """Has a zygote fork a confined process for each job, or for some of one user's, and talks with that one alone."""
+    """Has a zygote fork a confined process for each job, or for some of one user's, and talks with that one alone.
+
+    The next one is forked while there is nothing else to do, so that a job need not wait for it.
+    """
 
     mixes_owners = False
 
     def __init__(self, name: str, options: dict[str, Any], limits: Limits) -> None:
         super().__init__(name, options, limits, trusted=False)
         self._control = threading.Lock()
-        self._child: int | None = None
+        self._current: _Forked | None = None
+        self._helper = ThreadPoolExecutor(1, thread_name_prefix="runners")
+        self._next: Future[_Forked] | None = None
+
+    def start(self) -> None:
+        super().start()
+        if self._next is None or (self._next.done() and self._next.exception() is not None):
+            self._next = self._helper.submit(self._fork)
 
     def run(self, frame: bytes, emit: Emit, kind: bytes = JOB) -> bytes:
-        ours, theirs = socket.socketpair()
-        with ours:
-            with theirs:
-                self._child = self._fork(theirs)
-            try:
-                return self._talk(Pipe(ours, self._limits.answer), frame, emit, kind)
-            finally:
-                self.stop()
+        assert self._next is not None
+        following, self._next = self._next, None
+        forked = self._current = following.result()
+        try:
+            return self._talk(Pipe(forked.end, self._limits.answer), frame, emit, kind)
+        finally:
+            self._current = None
+            self._next = self._helper.submit(self._fork)
+            self._helper.submit(self._end, forked)
 
     def run_together(self, frames: list[bytes]) -> Shared:
         return _share(self.run, frames)
 
     def stop(self) -> None:
+        forked = self._current
+        if forked is not None:
+            self._kill_child(forked.child)
+
+    def close(self) -> None:
+        following, self._next = self._next, None
+        super().close()  # those that it has forked die with it
+        if following is not None and not following.cancel() and following.done() and following.exception() is None:
+            following.result().end.close()
+
+    def _end(self, forked: _Forked) -> None:
+        self._kill_child(forked.child)
+        forked.end.close()
+
+    def _kill_child(self, child: int) -> None:
         with self._control:
-            child, self._child = self._child, None
-            if child is not None and self._socket is not None:
+            if self._socket is not None:
                 with suppress(OSError):
                     self._socket.send(KILL + str(child).encode())
                     self._socket.recv(64)
 
-    def _fork(self, theirs: socket.socket) -> int:
-        assert self._socket is not None
+    def _fork(self) -> _Forked:
+        ours, theirs = socket.socketpair()
+        with theirs:
+            child = self._ask_for_child(theirs)
+        try:
+            kind, data = self._receive(Pipe(ours, _LARGEST_EVENT))
+        except DiedError as error:
+            ours.close()
+            raise NotBegunError(str(error)) from error
+        if kind != READY:
+            ours.close()
+            raise DiedError(data.decode(errors="replace") if kind == PROBLEM else _SAID[PROBLEM])
+        return _Forked(child, ours)
+
+    def _ask_for_child(self, theirs: socket.socket) -> int:
         command = FORK + f"{self._limits.memory} {self._limits.seconds}".encode()
         with self._control:
+            zygote = self._socket
             try:
-                self._socket.settimeout(_CONTROL)
-                socket.send_fds(self._socket, [command], [theirs.fileno()])
-                answer = self._socket.recv(64)
+                if zygote is None:
+                    raise OSError("it was ended")
+                zygote.settimeout(_CONTROL)
+                socket.send_fds(zygote, [command], [theirs.fileno()])
+                answer = zygote.recv(64)
             except OSError as error:
                 answer = str(error).encode()
         if not answer.startswith(BEGUN):
-            self.close()
+            self._kill()  # it is started again when the next job comes
             raise NotBegunError(f"the zygote has died ({answer.decode(errors='replace')})")
         return int(answer[1:])
