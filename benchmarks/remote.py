@@ -53,7 +53,7 @@ class Server:
 def one_read(model, **where):
     with torch.no_grad(), model.trace(PROMPT, **where):
         hidden = model.transformer.h[5].output[0].save()
-    return hidden  # noqa: RET504
+    return hidden
 
 
 def median(work, rounds):
