@@ -197,12 +197,12 @@ def source_of(envoy: Envoy) -> Source:
     forward = plain_forward(module)
     if isinstance(forward, MethodType) and forward.__func__ is Module.forward:
         raise SourceError(_NO_FORWARD.format(path=envoy._path, kind=type(module).__name__))
+    if envoy._tree.hides_operations:
+        raise SourceError(envoy._tree.hides_operations)
     source = Source(analyse(forward), envoy, forward)
     tree = operations_of(envoy._tree)
     worker = tree.find_worker()
     if worker is not None:
-        if envoy._tree.hides_operations:
-            raise SourceError(envoy._tree.hides_operations)
         tree.places.open(worker, module)
     return source
 

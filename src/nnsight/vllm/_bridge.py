@@ -26,8 +26,7 @@ class Bridge:
     """How one class of modules is called and answers."""
 
     def __init__(self, kind: type[Module]) -> None:
-        self._signature = inspect.signature(kind.forward)
-        self._names = list(self._signature.parameters)[1:]
+        self._names = _names_of(kind)
         self._fused = _STREAM in self._names
         self._is_norm = "Norm" in kind.__name__
 
@@ -131,6 +130,17 @@ class Output:
     def result(self) -> Any:
         """The result as the module returns it."""
         return tuple(self._items) if self._native else self._items[0]
+
+
+def _names_of(kind: type[Module]) -> list[str]:
+    """The names of a forward's arguments; where it takes any, it is one of several, which take the same."""
+    forwards = (kind.forward, getattr(kind, "forward_native", None))
+    for forward in filter(None, forwards):
+        parameters = list(inspect.signature(forward).parameters.values())
+        if all(one.kind is not one.VAR_POSITIONAL for one in parameters):
+            names = [one.name for one in parameters]
+            return names[1:] if names[:1] == ["self"] else names
+    return []
 
 
 @functools.cache
