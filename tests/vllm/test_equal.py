@@ -62,6 +62,23 @@ def test_edits(pair, prompt):
     both(pair, block)
 
 
+def test_edits_of_inputs(pair):
+    def block(model):
+        mlp = "block_sparse_moe" if pair.name == "mixtral" else "mlp"
+        names = {"mixtral": {"block_sparse_moe": "mlp"}}.get(pair.name, {})
+        with model.trace(PROMPTS[0]):
+            model.layers[1].input[:, 2] *= 0.5
+            part = model.layers[1]
+            part = getattr(part, mlp) if model is pair.engine else getattr(part, names.get(mlp, mlp))
+            part.input = part.input * 1.5
+            model.final_norm.input[:, -1] += 0.3
+            model.lm_head.input[:, -1] *= 0.9
+            logits = model.logits.save()
+        return [logits]
+
+    both(pair, block)
+
+
 def test_skip(pair):
     def block(model):
         with model.trace(PROMPTS[0]):

@@ -2,7 +2,7 @@
 
 import pytest
 
-from nnsight.errors import GradientError, InputError, NamesError, OutOfOrderError, SourceError
+from nnsight.errors import EditError, GradientError, InputError, NamesError, OutOfOrderError, SourceError
 
 PROMPT = "The Eiffel Tower is in the city of"
 
@@ -45,3 +45,16 @@ def test_the_batch_of_all_prompts(pair):
             model.logits
         with tracer.invoke():
             model.logits
+
+
+def test_changes_in_place_of_what_goes_on_beside_a_norm(pair):
+    model = pair.engine
+    with pytest.raises(EditError, match="goes on with beside it"), model.trace(PROMPT):
+        model.resid_mid[1][:] = 0
+        model.logits
+
+
+def test_assigning_the_stream_between_attention_and_mlp(pair):
+    model = pair.engine
+    with pytest.raises(EditError, match="change attn_out"), model.trace(PROMPT):
+        model.resid_mid[1] = model.resid_mid[1] * 2

@@ -40,7 +40,7 @@ class Bridge:
         main = next((name for name in _MAIN if isinstance(named.get(name), torch.Tensor)), None)
         if main is None:
             main = next((name for name, value in named.items() if isinstance(value, torch.Tensor)), None)
-        return Inputs(named, rest, len(args), main, named.get(_STREAM) if self._fused else None)
+        return Inputs(named, rest, len(args), main, named.get(_STREAM) if self._fused else None, self._is_norm)
 
     # --- outputs -----------------------------------------------------------------------------------------------
 
@@ -53,7 +53,13 @@ class Inputs:
     """The arguments of one call, of all requests; `main` is the one that a block calls `.input`."""
 
     def __init__(
-        self, named: dict[str, Any], rest: tuple[Any, ...], positional: int, main: str | None, stream: Any
+        self,
+        named: dict[str, Any],
+        rest: tuple[Any, ...],
+        positional: int,
+        main: str | None,
+        stream: Any,
+        keeps_stream: bool,
     ) -> None:
         self._named = named
         self._rest = rest
@@ -61,6 +67,7 @@ class Inputs:
         self._main = main
         self._stream = stream if isinstance(stream, torch.Tensor) else None
         self._copied = False
+        self.joins_stream = keeps_stream and self._stream is not None  # what goes in goes on beside the norm too
 
     def rows(self, start: int, stop: int) -> tuple[tuple[Any, ...], dict[str, Any]]:
         """What a block sees: `((value,), {})`."""

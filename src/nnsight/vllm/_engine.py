@@ -13,7 +13,7 @@ from torch.nn import Module
 from transformers.modeling_outputs import CausalLMOutput
 
 from .._core import INPUT, OUTPUT, Place
-from ..errors import EngineError, NNsightError
+from ..errors import EditError, EngineError, NNsightError
 from ..trace import Given
 from ._bridge import Inputs, Output, bridge_of, fill, own, versions_of
 from ._lane import Lane
@@ -41,6 +41,13 @@ class Engine:
         if sum(module is head for _, module in self.root.named_modules(remove_duplicate=False)) > 1:
             self.root.lm_head = copy.copy(head)  # the embedding itself, where weights are tied: another place
         self._places = {module: name for name, module in self.root.named_modules()}
+        self._shared = {module for name, module in self.root.named_modules() if self._shares_input(name, module)}
+
+    def _shares_input(self, name: str, module: Module) -> bool:
+        """Whether the layer goes on with this module's input too: the stream beside a norm, the experts' input."""
+        parent = self.root.get_submodule(name.rpartition(".")[0])
+        in_layer = any(part.isdigit() for part in name.split("."))
+        return in_layer and ("Norm" in type(module).__name__ or "experts" in parent._modules)
 
     # --- lanes ---------------------------------------------------------------------------------------------------
 
@@ -177,6 +184,8 @@ class Engine:
             if not lane.lives:
                 return
             if visit.written or _differ(before):
+                if module in self._shared and (inputs.joins_stream or not visit.written):
+                    raise EditError(_SHARED.format(path=self._path(module)))
                 inputs.put(lane.start, lane.stop, visit.value, self._path(module))
             shown = visit.value
         for recorder in main.input_recorders.get(module, ()):
@@ -306,6 +315,10 @@ def guarding(lane: Lane) -> Iterator[None]:
 def _differ(before: list[tuple[torch.Tensor, int]]) -> bool:
     return any(tensor._version != version for tensor, version in before)
 
+
+_SHARED = """\
+{path} is given a tensor that its layer goes on with beside it, and vLLM has no tensor for the two apart: changing it here \
+would mean another thing than in the Hugging Face model. Change what makes it: model.resid_post, attn_out, the module before."""
 
 _CHUNKED = """\
 A block needs its whole prompt in one step, and the engine computed {given} of {length} tokens: give the engine a greater \

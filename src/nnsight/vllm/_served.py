@@ -9,7 +9,7 @@ import torch
 from torch.nn import Module
 
 from .._core import OUTPUT
-from ..errors import NamesError
+from ..errors import EditError, NamesError
 from ..modeling import NNsight, show_block_output, take_block_output
 from ..trace import Given
 from ._engine import SAMPLES, Engine
@@ -51,6 +51,8 @@ class Values:
         return value[0] if self._kind == "output" and not isinstance(value, torch.Tensor) else value
 
     def __setitem__(self, layer: int, value: torch.Tensor) -> None:
+        if self._part and self._kind == "input":
+            raise EditError("resid_mid can be read on vLLM, not changed: change attn_out, which goes into it.")
         setattr(self._envoy(layer), self._kind, value)
 
 
