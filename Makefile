@@ -3,7 +3,10 @@
 #   make demo     a tour on the small model that ships with the package
 #   make test     the whole suite; PYTEST_ARGS="-k name -x" is handed to pytest
 #   make check    lint, types and tests: what a change must pass
+#   make test-vllm  the tests of vLLM engines, in an environment of their own (.venv-vllm)
+#   make vllm-table  the same, and write the table in docs/vllm.md
 #   make lint     ruff and pyright alone
+#   make browser  a Chromium for the tests of pages, where there is none and it may be installed
 #   make bench    what tracing costs
 #   make examples run the examples, and draw the pictures of docs/examples.md
 #   make families run the tests of every family of models, and write docs/families.md from what they showed
@@ -18,13 +21,19 @@ VENV := .venv
 BIN := $(VENV)/bin
 MAKEFLAGS += --no-print-directory
 
-.PHONY: demo test check lint bench examples families clean
+.PHONY: demo test test-vllm vllm-table check lint browser bench examples families clean
 
 demo: $(VENV)/.demo
 	$(BIN)/nnsight demo
 
-test: $(VENV)/.dev
+test: $(VENV)/.dev browser
 	$(BIN)/pytest $(PYTEST_ARGS)
+
+test-vllm: .venv-vllm/.ready
+	.venv-vllm/bin/python -m pytest tests/vllm -W default $(PYTEST_ARGS)
+
+vllm-table: .venv-vllm/.ready
+	NNSIGHT_VLLM_TABLE=docs/vllm.md .venv-vllm/bin/python -m pytest tests/vllm -W default
 
 check: lint test
 
@@ -32,6 +41,14 @@ lint: $(VENV)/.dev
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/pyright
+
+browser:
+	@command -v chromium google-chrome chromium-browser >/dev/null && exit; \
+	if [ "$$(id -u)" = 0 ] && command -v apt-get >/dev/null; then \
+		echo "installing chromium"; \
+		apt-get install -y -qq chromium >/dev/null || { apt-get update -qq && apt-get install -y -qq chromium >/dev/null; }; \
+	fi; \
+	command -v chromium google-chrome chromium-browser >/dev/null || echo "no browser: tests of pages will be skipped" >&2
 
 bench: $(VENV)/.demo
 	@test -f benchmarks/trace_overhead.py || { echo "there are no benchmarks yet" >&2; exit 1; }
@@ -46,7 +63,7 @@ families: $(VENV)/.dev
 	$(BIN)/python scripts/families.py
 
 clean:
-	rm -rf $(VENV) build dist htmlcov .coverage .hypothesis .pytest_cache .ruff_cache
+	rm -rf $(VENV) .venv-vllm build dist htmlcov .coverage .hypothesis .pytest_cache .ruff_cache
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +
 
 # Stamps. An environment that is there already is kept and added to.
@@ -67,6 +84,14 @@ $(VENV)/.demo: $(VENV)/.python pyproject.toml constraints.txt
 $(VENV)/.dev: $(VENV)/.python pyproject.toml constraints.txt
 	$(call install,dev$(comma)plots$(comma)server)
 	@touch $(VENV)/.demo $@
+
+# vLLM has builds for Python 3.11 that match the pinned torch; where there is none, there is nothing to test.
+.venv-vllm/.ready: constraints-vllm.txt pyproject.toml
+	@echo "installing vLLM into .venv-vllm"
+	@python3.11 -m venv .venv-vllm
+	@.venv-vllm/bin/python -m pip install --quiet --disable-pip-version-check --no-deps --requirement constraints-vllm.txt
+	@.venv-vllm/bin/python -m pip install --quiet --disable-pip-version-check --no-deps --editable .
+	@touch $@
 
 # The pins are of releases for Python 3.11 and newer; 3.10 takes the newest releases it has.
 comma := ,

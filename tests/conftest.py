@@ -21,6 +21,7 @@ os.environ |= {
     "HF_HUB_CACHE": str(HF_HOME / "hub"),
     "HF_HUB_OFFLINE": "1",
     "TRANSFORMERS_OFFLINE": "1",
+    "XDG_CONFIG_HOME": str(HF_HOME / "config"),  # no login of the person who runs the tests
 }
 os.environ.setdefault("OMP_NUM_THREADS", "1")  # models this small run faster on one core than threads start
 
@@ -97,6 +98,26 @@ def start_server(hub_cache: Path, tmp_path_factory: pytest.TempPathFactory) -> I
     yield start
     for server in servers:
         server.close()
+
+
+BROWSER = next(filter(None, map(shutil.which, ("chromium", "google-chrome", "chromium-browser"))), None)
+_QUIET = (
+    "headless no-sandbox disable-gpu no-first-run disable-background-networking disable-component-update disable-sync"
+)
+
+
+@pytest.fixture
+def browse(tmp_path: Path) -> Callable[..., str]:
+    """Runs a headless browser, `browse("--dump-dom", url)`, and gives what it prints."""
+    if BROWSER is None:
+        pytest.skip("there is no Chromium on this machine (`make browser` installs it where it may)")
+
+    def run(*arguments: str) -> str:
+        folder = tempfile.mkdtemp(dir=tmp_path)
+        command = [BROWSER, *(f"--{option}" for option in _QUIET.split()), f"--user-data-dir={folder}", *arguments]
+        return subprocess.run(command, capture_output=True, text=True, timeout=120, check=True).stdout
+
+    return run
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:

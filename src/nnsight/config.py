@@ -2,8 +2,13 @@
 
 from __future__ import annotations
 
+import json
 import os
 from dataclasses import dataclass, field
+from pathlib import Path
+from typing import NamedTuple
+
+from .errors import RemoteError
 
 _TRUE = frozenset({"1", "true", "yes", "on"})
 
@@ -68,3 +73,44 @@ class Config:
 
 
 CONFIG = Config()
+
+
+class Login(NamedTuple):
+    """The server and key that `nnsight login` has stored."""
+
+    host: str | None = None
+    key: str | None = None
+
+
+def login_file() -> Path:
+    """Where the login is stored; readable by its owner alone."""
+    folder = os.environ.get("XDG_CONFIG_HOME") or Path.home() / ".config"
+    return Path(folder) / "nnsight" / "login.json"
+
+
+def stored_login() -> Login:
+    """What `nnsight login` has stored; empty where there is none."""
+    try:
+        found = json.loads(login_file().read_text("utf-8"))
+        return Login(str(found["host"]), found["key"])
+    except FileNotFoundError:
+        return Login()
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise RemoteError(f"{login_file()} cannot be read ({error}): run `nnsight login` again.") from error
+
+
+def store_login(login: Login) -> Path:
+    """Remember a server and a key."""
+    file = login_file()
+    file.parent.mkdir(parents=True, exist_ok=True)
+    part = file.with_suffix(".part")
+    part.unlink(missing_ok=True)
+    with open(os.open(part, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600), "w", encoding="utf-8") as text:
+        json.dump(login._asdict(), text)
+    part.replace(file)
+    return file
+
+
+def full_address(host: str) -> str:
+    """An address with its scheme, and without a slash at its end."""
+    return (host if "://" in host else f"https://{host}").rstrip("/")

@@ -10,6 +10,7 @@ NNsightError
 ├── WaitError                         blocks wait for something that cannot come
 ├── UnknownPathError (AttributeError) no module or attribute of that name
 ├── NamesError (AttributeError)       a name of the vocabulary that this model cannot serve
+│   └── NoLayerError (IndexError)     a layer of a number that the model does not have
 ├── EditError (TypeError, ValueError) a value cannot be put where it was assigned
 ├── RowsError                         an invoke's rows cannot be told apart at a place
 ├── GradientError                     a gradient that cannot be had
@@ -70,6 +71,10 @@ class NamesError(NNsightError, AttributeError):
     """A name of the vocabulary that a model, or one of its layers, cannot serve."""
 
 
+class NoLayerError(NamesError, IndexError):
+    """A layer of a number that the model does not have."""
+
+
 class EditError(NNsightError, TypeError, ValueError):
     """A value that cannot stand where it was assigned."""
 
@@ -100,6 +105,10 @@ class CaptureError(NNsightError, RuntimeError):
 
 class SourceError(NNsightError, RuntimeError):
     """A function whose operations cannot be listed or intercepted."""
+
+
+class EngineError(NNsightError, RuntimeError):
+    """A vLLM engine cannot do what was asked of it."""
 
 
 class RemoteError(NNsightError, RuntimeError):

@@ -280,7 +280,7 @@ def test_generators_and_coroutines(Later):
     async def coroutine():
         with Later():
             m = 5
-        return m  # noqa: RET504
+        return m
 
     assert list(generator()) == [0, 10]
     with pytest.raises(StopIteration) as stop:

@@ -825,3 +825,24 @@ def test_changed_in_place_and_then_replaced() -> None:
         first, second = model.first.output.clone(), model.second.input.clone()
     assert torch.equal(first, net.first(torch.zeros(2, 3)))
     assert torch.equal(second, x * 0.5)
+
+
+@pytest.mark.parametrize("whole", [False, True])
+def test_an_invoke_assigns_and_then_changes_in_place(whole: bool) -> None:
+    net = Aliases()
+    model = NNsight(net)
+    x = torch.rand(2, 3)
+    with pytest.warns(OutOfOrderWarning), model.trace() as tracer:
+        with tracer.invoke(x[:1]):
+            model.second.output
+            late = model.first.input.clone()
+        with tracer.invoke(x[1:]):
+            model.first.output = model.first.output * 0.5
+            model.first.output[:] += 1
+        with tracer.invoke():
+            if whole:
+                model.first.output[:] *= 2
+            result = model.last.input.clone()
+    edited = torch.cat([net.first(x[:1]), net.first(x[1:]) * 0.5 + 1]) * (2 if whole else 1)
+    assert torch.equal(late, x[:1])
+    assert torch.allclose(result, edited + net.second(x), atol=1e-6)

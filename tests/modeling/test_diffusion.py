@@ -172,6 +172,25 @@ class TestOnePrompt:
         assert noise.shape == (2, 4, 8, 8)
         assert torch.equal(latents, plain(model, "a red cat", 5, num_inference_steps=1, output_type="latent"))
 
+    def test_the_generation_ends_after_the_last_request(self, model: DiffusionModel) -> None:
+        calls: list[int] = []
+        handle = model.unet._module.register_forward_hook(lambda *_: calls.append(1))
+        options = {"num_inference_steps": STEPS, "seed": 5, "output_type": "pt"}
+        with model.generate("a red cat", **options) as tracer:
+            expected = [model.unet.mid_block.output.clone() for _ in tracer.iter[:2]]
+        assert len(calls) == STEPS
+        calls.clear()
+        with model.generate("a red cat", stop_after_last=True, **options) as tracer:
+            found = [model.unet.mid_block.output.clone() for _ in tracer.iter[:2]]
+        assert len(calls) == 1  # the second was left in its middle
+        assert all(torch.equal(one, other) for one, other in zip(found, expected, strict=True))
+        with model.generate("a red cat", stop_after_last=True, **options) as tracer:
+            images = tracer.result.images.save()
+        handle.remove()
+        assert torch.equal(images, plain(model, "a red cat", 5))
+        with model.trace("a red cat", seed=5, stop_after_last=True):
+            assert model.text_encoder.output[0].shape[0] >= 1
+
     def test_stopping_and_errors_leave_nothing_behind(self, model: DiffusionModel) -> None:
         hooks = model.unet._module._forward_pre_hooks
         with model.generate("a red cat", num_inference_steps=STEPS, seed=5) as tracer:

@@ -31,6 +31,16 @@ class TestText:
         assert torch.equal(logits, net(**tokenizer(self.TEXTS[0], return_tensors="pt")).logits)
         assert torch.equal(model.trace(self.TEXTS[0], trace=False).logits, logits)
 
+    def test_the_forward_ends_after_the_last_request(self) -> None:
+        model, ran = bert(), []
+        with model.trace(self.TEXTS[0]):
+            expected = model.bert.encoder.layer[0].output.clone()
+        model.classifier._module.register_forward_hook(lambda *_: ran.append("classifier"))
+        with model.trace(self.TEXTS[0], stop_after_last=True):
+            found = model.bert.encoder.layer[0].output.clone()
+        assert torch.equal(found, expected)
+        assert ran == []
+
     def test_invokes_are_their_own_single_runs(self) -> None:
         model = bert()
         hidden, logits = {}, {}

@@ -126,3 +126,17 @@ def test_edits_while_generating(case: tuple[VisionLanguageModel, str, str]) -> N
         expected = model.lm_head.output[:, -1].save()
     assert close(logits, expected)
     assert not close(logits, model.trace(*args, **kwargs, trace=False).logits[:, -1])
+
+
+def test_the_forward_ends_after_the_last_request(case: tuple[VisionLanguageModel, str, str]) -> None:
+    model, block, projector = case
+    (args, kwargs), *_ = INPUTS
+    with model.trace(*args, **kwargs):
+        expected = model.get(block).output.clone()
+    ran: list[str] = []
+    handle = model.get(projector)._module.register_forward_hook(lambda *_: ran.append(projector))
+    with model.trace(*args, **kwargs, stop_after_last=True):
+        found = model.get(block).output.clone()
+    handle.remove()
+    assert torch.equal(found, expected)
+    assert ran == []

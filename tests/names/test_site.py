@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from nnsight import LanguageModel, NNsight
-from nnsight.errors import NamesError, UnknownPathError
+from nnsight.errors import InputError, NamesError, UnknownPathError
 from nnsight.names import Site
 
 from .cases import BY_NAME, CASES, Case, build, close, inputs, wrap
@@ -67,8 +67,12 @@ class TestSite:
             model.site("resid_pre")
         with pytest.raises(NamesError, match="once, not at a layer"):
             model.site("logits", 1)
-        with pytest.raises(IndexError):
-            model.site("resid_pre", 7)
+        for kind in (NamesError, IndexError):
+            with pytest.raises(kind, match=r"transformer\.h has 3 layers; there is none at index 7: they are 0 to 2"):
+                model.site("resid_pre", 7)
+        for layer in ("1", 1.0, slice(0, 2)):
+            with pytest.raises(InputError, match="named by its number, 0 to 2"):
+                model.site("resid_pre", layer)
         with pytest.raises(NamesError, match="no stack 'decoder'"):
             model.site("resid_pre", 1, stack="decoder")
         with pytest.raises(NamesError, match="has no head_z at layer 0"):

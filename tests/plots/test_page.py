@@ -2,15 +2,12 @@
 
 import json
 import re
-import shutil
-import subprocess
 
 import pytest
 import torch
 
 from nnsight import plots
 
-BROWSER = shutil.which("chromium") or shutil.which("google-chrome") or shutil.which("chromium-browser")
 WORDS = ["The", " $x$ <b>", "</script><script>alert(1)</script>", "\n", "​​"]
 
 
@@ -63,9 +60,8 @@ def test_notebook_shows_the_page_in_a_frame():
 
 
 @pytest.mark.slow
-@pytest.mark.skipif(BROWSER is None, reason="no browser")
 @pytest.mark.parametrize("theme", ["light", "dark"])
-def test_browser_draws_every_part(theme, tmp_path):
+def test_browser_draws_every_part(theme, tmp_path, browse):
     expected = {
         "heatmap": ("<td", 25),
         "lens": ("<td", 25),
@@ -77,8 +73,7 @@ def test_browser_draws_every_part(theme, tmp_path):
     for kind, figure in every_figure(theme=theme).items():
         path = tmp_path / f"{kind}.html"
         figure.save(path)
-        command = [BROWSER, "--headless", "--no-sandbox", "--disable-gpu", f"--user-data-dir={tmp_path / 'profile'}"]
-        dom = subprocess.run([*command, "--dump-dom", path.as_uri()], capture_output=True, text=True, timeout=60).stdout
+        dom = browse("--dump-dom", path.as_uri())
         tag, count = expected[kind]
         drawn = dom.partition("</main>")[0].partition("<main")[2]
         assert drawn.count(tag) == count, kind

@@ -55,7 +55,7 @@ def test_the_frame_that_is_spoilt_below_is_a_good_one():
     assert decode(GOOD)[0]["a"][1] == 2**70
 
 
-@settings(max_examples=1500, deadline=None)
+@settings(max_examples=5000, deadline=None)
 @given(st.integers(0, len(GOOD) - 1), st.binary(min_size=1, max_size=8))
 def test_spoilt_bytes_are_an_error_or_other_values(at, new):
     spoilt = GOOD[:at] + new + GOOD[at + len(new) :]
@@ -63,14 +63,14 @@ def test_spoilt_bytes_are_an_error_or_other_values(at, new):
         decode(spoilt)
 
 
-@settings(max_examples=300, deadline=None)
+@settings(max_examples=600, deadline=None)
 @given(st.integers(0, len(GOOD) - 1))
 def test_a_truncated_frame_is_an_error(length):
     with pytest.raises(ProtocolError):
         decode(GOOD[:length])
 
 
-@settings(max_examples=200, deadline=None)
+@settings(max_examples=400, deadline=None)
 @given(st.binary(max_size=200))
 def test_any_bytes_are_an_error(data):
     with pytest.raises(ProtocolError):
@@ -90,7 +90,7 @@ infos = st.builds(
 )
 
 
-@settings(max_examples=1500, deadline=None)
+@settings(max_examples=4000, deadline=None)
 @given(st.lists(infos, max_size=4), st.binary(max_size=300))
 @example([TensorInfo("float32", [2**31, 2**31, 4], 0)], b"")  # the product is 2**64, which is 0 in 64 bits
 @example([TensorInfo("float32", [2**40] * 64, 0)], b"")

@@ -76,6 +76,17 @@ def test_edits_in_place_and_by_assignment(model, where, plain):
     assert torch.equal(logits, plain.run(PROMPT, edits)["lm_head"])
 
 
+def test_the_forward_ends_after_the_last_request(model, where, plain):
+    with model.trace(PROMPT, stop_after_last=True, **where):
+        model.transformer.h[1].output[0][:, -1] = 0
+        hidden = model.transformer.h[3].output[0].save()
+
+    def zero(hidden):
+        hidden[:, -1] = 0
+
+    assert torch.equal(hidden, plain.run(PROMPT, {"transformer.h.1": zero})["transformer.h.3"])
+
+
 def test_invokes_share_values(model, where, plain):
     with model.trace(**where) as tracer:
         with tracer.invoke(PROMPT):

@@ -1,6 +1,6 @@
 """Document 002, snippet by snippet, as printed."""
 # fmt: off
-# ruff: noqa: B905, I001, RET504
+# ruff: noqa: B905, I001
 
 import pytest
 import torch

@@ -146,6 +146,53 @@ def test_a_drained_job_was_no_attempt(queue):
     assert queue.state("ann", job, 0).status == "queued"
 
 
+def test_jobs_that_may_share_are_claimed_together(queue):
+    def send(owner, key, **options):
+        return queue.submit(owner, key, "m", b"frame", 10, shares=True, **options)
+
+    mine = [send("ann", f"{number}") for number in range(3)]
+    theirs, alone, other = (
+        send("bob", "x"),
+        submit(queue, "ann", "y"),
+        queue.submit("ann", "z", "n", b"", 1, shares=True),
+    )
+    first = queue.claim("m")
+    assert first.id == mine[0]
+    assert [claim.id for claim in queue.claim_beside(first, "m", same_owner=True)] == mine[1:]
+    assert {queue.state("ann", job, 0).status for job in (alone, other)} == {"queued"}
+    for job in mine:
+        queue.give_back(job, alone=True)
+    second = queue.claim("m")
+    assert second.id == theirs
+    assert queue.claim_beside(second, "m", same_owner=False) == []  # those that were given back are run alone
+    again = queue.claim("m")
+    assert again.id == mine[0]
+    assert not again.shares
+
+
+def test_jobs_of_several_owners_are_claimed_together_where_that_is_allowed(queue):
+    jobs = [queue.submit(owner, "key", "m", b"", 1, shares=True) for owner in ("ann", "bob", "cid")]
+    first = queue.claim("m")
+    assert [claim.id for claim in queue.claim_beside(first, "m", same_owner=False)] == jobs[1:]
+
+
+def test_a_job_that_was_begun_before_shares_with_nobody(queue):
+    jobs = [queue.submit("ann", key, "m", b"", 1, shares=True) for key in ("a", "b")]
+    queue.claim("m")
+    queue.lose(jobs[0])
+    first = queue.claim("m")
+    assert first.id == jobs[0]
+    assert queue.claim_beside(first, "m", same_owner=True) == []
+
+
+def test_a_job_that_is_cancelled_while_it_shares_ends(queue):
+    job = queue.submit("ann", "a", "m", b"", 1, shares=True)
+    queue.claim("m")
+    queue.cancel("ann", job)
+    queue.give_back(job, alone=True)
+    assert queue.state("ann", job, 0).status == "cancelled"
+
+
 def test_jobs_outlive_the_server(tmp_path):
     store = Store(tmp_path)
     job = submit(Queue(store, LIMITS, News()), "ann", "a")

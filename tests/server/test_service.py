@@ -211,9 +211,13 @@ def test_a_server_that_ends_keeps_what_waits(server, keys, folder, model, start_
         clock.sleep(4.0)
         logits = model.lm_head.output.save()
     wait_until(lambda: running.status == "running")
+    with model.trace("Hello", remote=True, blocking=False, timeout=280) as waiting:
+        logits = model.lm_head.output.save()
+    wait_until(lambda: waiting.status == "queued")
     server.process.terminate()
     assert server.process.wait(60) in (0, -signal.SIGTERM)
     again = start_server(NAME, "--api-keys", str(keys["file"]), folder=folder)
     monkeypatch.setattr(CONFIG.API, "HOST", again.host)
     assert ask(again, keys["ann"], "GET", f"/v1/jobs/{running.id}").json()["status"] == "done"
     assert ask(again, keys["ann"], "GET", f"/v1/jobs/{running.id}/result").content.startswith(b"NNS\x01")
+    wait_until(lambda: ask(again, keys["ann"], "GET", f"/v1/jobs/{waiting.id}").json()["status"] == "done")

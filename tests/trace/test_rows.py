@@ -567,3 +567,17 @@ def test_what_is_no_tensor_belongs_to_all_rows(xs):
             model.use.inputs = args, {**kwargs, "scale": 0.0}
             output = model.output
     assert not output.any()
+
+
+def test_blocks_that_meet_before_the_forward_go_on_in_the_order_written():
+    model = NNsight(Net())
+    came = []
+    with model.trace() as tracer:
+        meet = tracer.barrier(2)
+        with tracer.invoke(torch.rand(1, 4)):
+            meet()
+            came.append(model.first.input.shape)
+        with tracer.invoke(torch.rand(1, 4)):
+            meet()
+            came.append(model.branch.output.shape)
+    assert len(came) == 2

@@ -428,8 +428,8 @@ class TestLanguageModel:
             scanned = tracer.cache(include_inputs=True)
         with tiny.trace(IDS) as tracer:
             traced = tracer.cache(include_inputs=True)
-        assert [call.describe() for entry in scanned.values() for call in entry.calls] == [
-            call.describe() for entry in traced.values() for call in entry.calls
+        assert [repr(call) for entry in scanned.values() for call in entry.calls] == [
+            repr(call) for entry in traced.values() for call in entry.calls
         ]
 
     def test_edits_of_the_model(self, folder):
@@ -477,7 +477,7 @@ def test_shapes_are_those_of_a_trace(family):
     def shapes(module, method):
         with getattr(LanguageModel(module, tokenizer=object()), method)(IDS) as tracer:
             cache = tracer.cache()
-        return {path: [call.describe() for call in entry.calls] for path, entry in cache.items()}
+        return {path: [repr(call) for call in entry.calls] for path, entry in cache.items()}
 
     expected = shapes(full, "trace")
     assert shapes(empty, "scan") == expected

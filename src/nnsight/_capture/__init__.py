@@ -2,6 +2,7 @@
 
 from ..errors import CaptureError as CaptureError
 from ._block import Block as Block
+from ._cache import IdentityCache as IdentityCache
 from ._capture import capture as capture
 from ._names import names_of as names_of
 from ._program import bind as bind
@@ -9,5 +10,18 @@ from ._scope import Scope as Scope
 from ._skip import forget_skip as forget_skip
 from ._skip import is_skip as is_skip
 from ._skip import skip_body as skip_body
+from ._text import parse as parse
 
-__all__ = ["Block", "CaptureError", "Scope", "bind", "capture", "forget_skip", "is_skip", "names_of", "skip_body"]
+__all__ = [
+    "Block",
+    "CaptureError",
+    "IdentityCache",
+    "Scope",
+    "bind",
+    "capture",
+    "forget_skip",
+    "is_skip",
+    "names_of",
+    "parse",
+    "skip_body",
+]

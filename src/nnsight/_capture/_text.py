@@ -3,11 +3,21 @@
 import ast
 from collections.abc import Iterator
 from dataclasses import dataclass
+from threading import Lock
 from typing import Any
 
 from ..errors import CaptureError
 
 STRINGS = (ast.Constant, ast.JoinedStr)
+
+
+_parsing = Lock()
+
+
+def parse(source: str) -> ast.Module:
+    """The syntax tree of a text; one at a time, because Python 3.11 confuses parsers in several threads."""
+    with _parsing:
+        return ast.parse(source)
 
 
 @dataclass(frozen=True)
@@ -28,7 +38,7 @@ class Text:
 
     def parse(self) -> ast.Module:
         """The syntax tree, with positions in this text."""
-        return ast.parse(self.source)
+        return parse(self.source)
 
     def parse_placed(self) -> ast.Module:
         """The syntax tree, with the positions in the user's file."""

@@ -10,7 +10,9 @@ from ._aliases import check_gradient as check_gradient
 from ._aliases import own_part as own_part
 from ._aliases import show_as as show_as
 from ._aliases import source_of_gradient as source_of_gradient
+from ._call import Call as Call
 from ._coroutine import OTHER_THREAD as OTHER_THREAD
+from ._coroutine import Coroutine as Coroutine
 from ._coroutine import current_pass as current_pass
 from ._coroutine import uncounted as uncounted
 from ._fakes import Fakes as Fakes
@@ -36,7 +38,6 @@ from ._preserve import preserved_buffers as preserved_buffers
 from ._preserve import preserved_random_state as preserved_random_state
 from ._rows import Rows as Rows
 from ._rows import split_rows as split_rows
-from ._run import Call as Call
 from ._run import Run as Run
 from ._tensors import map_tensors as map_tensors
 from ._tensors import tensors_in as tensors_in

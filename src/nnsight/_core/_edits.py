@@ -15,8 +15,8 @@ from ._leaves import leaves_of, objects_in
 from ._tensors import Snapshot, has_changed, holds_others, snapshot, tensors_in
 
 if TYPE_CHECKING:
+    from ._call import Call
     from ._instrument import Instruments
-    from ._run import Call
     from ._visit import Visit
 
 
@@ -176,8 +176,10 @@ class Edits:
         if versions is None:
             self._untracked = True
             return
-        if not all(_shares([tensor], [*tensors_in(own), *tensors_in(value)]) for tensor in touched):
-            self._tangled = True
+        if touched:
+            scoped = (visit.scoped or {}).get(visit.kind)
+            known = [*tensors_in(own), *tensors_in(value), *(scoped.sources() if scoped is not None else ())]
+            self._tangled |= not all(_shares([tensor], known) for tensor in touched)
         edit = Edit(changed, value, replaced, visit.skipped is not None, versions)
         self.by_visit[visit.place, visit.kind, visit.index] = edit
 

@@ -335,16 +335,9 @@ class Instruments:
 
 
 def _find_parameters(root: Module) -> list[weakref.ref[torch.Tensor]]:
-    found = {
-        id(p): p for module in root.modules() if not _is_offloaded(module) for p in module.parameters(recurse=False)
-    }
+    # Those on the meta device have no numbers; where weights are fetched for each call, they stand there in between.
+    found = {id(parameter): parameter for parameter in root.parameters() if not parameter.is_meta}
     return [weakref.ref(parameter) for parameter in found.values() if not parameter.is_inference()]
-
-
-def _is_offloaded(module: Module) -> bool:
-    # accelerate gives such a module other parameters for each call.
-    hook = vars(module).get("_hf_hook")
-    return any(getattr(one, "offload", False) for one in (hook, *getattr(hook, "hooks", ())))
 
 
 def _find_parents(root: Module) -> dict[Module, Module | None]:

@@ -57,7 +57,7 @@ class Pass:
         self.wanted_outputs: dict[Any, int] = {}
         self.guards: dict[Any, set[Any]] = {}
         self.sight: Sight | None = None
-        self.single = getattr(call, "function", None) is stepper  # there is one step
+        self.single = getattr(call, "function", None) is stepper or getattr(call, "repeatable", False)  # one step
         self.recorders: dict[Any, list[Recorder]] = {}
         self.input_recorders: dict[Any, list[Recorder]] = {}
         self._handles: list[RemovableHandle] = []
@@ -134,13 +134,13 @@ class Pass:
         """Call a module or an operation that may be wanted."""
         if self.closing:
             return plain(*args, **kwargs)
+        if place is self._stepper:
+            self._begin_step()  # before it counts as called, so that its input is still to come
         counts = self.counts
         index = counts.get(place, 0)
         counts[place] = index + 1
         self.running.append(place)
         try:
-            if place is self._stepper:
-                self._begin_step()
             if place in self.wanted_inputs:
                 visit = self._visit(place, INPUT, (args, kwargs), index)
                 if visit.skipped is not None:
@@ -240,7 +240,6 @@ class Pass:
             if self.learning and stepper.__class__ is not Place:  # else a step is but a part of what there is
                 self._learned()
             self._step_counts = dict(self.counts)
-            self._step_counts[stepper] -= 1
             if self.wanted_inputs or self.wanted_outputs:
                 self._missed()
         if STEP in self.wanted_outputs:
@@ -432,11 +431,8 @@ class Pass:
 
     def _learned(self) -> None:
         self.learning = False
-        counts: dict[Any, int] = dict(self.counts)
-        self._instruments.keep_profile(counts)
-        if self.step > 0:
-            counts[self._stepper] -= 1  # the step that begins now
-        self._instruments.watch_odd(counts)
+        self._instruments.keep_profile(dict(self.counts))
+        self._instruments.watch_odd(self.counts)
 
 
 _CALLS = {Pass.call.__code__: "place", REPLACEMENT_CODE: "module"}  # what their variable for the place is called

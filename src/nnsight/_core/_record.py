@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Any, Protocol
 
 if TYPE_CHECKING:
     from ._pass import Pass
+    from ._worker import Worker
 
 
 class Recorder(Protocol):
@@ -34,6 +35,11 @@ class Recording(Protocol):
 
     @property
     def recorders(self) -> Mapping[Any, Recorder]: ...
+
+    @property
+    def worker(self) -> Worker:
+        """The block it was made in."""
+        ...
 
     def finish(self) -> None:
         """The run went well, and every value is still there."""
@@ -63,6 +69,10 @@ class Recordings:
             self._ends.setdefault(place, []).append(recorder)
             if recording.takes_inputs:
                 self._begins.setdefault(place, []).append(recorder)
+
+    def follow(self, place: Any, recorder: Recorder) -> None:
+        """Tell one more recorder about the calls of a place, after those that are there."""
+        self._ends[place].append(recorder)
 
     def attach(self, main: Pass) -> None:
         """Record what happens in this pass."""

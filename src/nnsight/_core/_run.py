@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection
+from collections.abc import Callable
 from types import FrameType
 from typing import Any
 
@@ -11,12 +11,14 @@ from torch.nn import Module
 
 from ..config import CONFIG
 from ..errors import EditError, NNsightError, OutOfOrderError, StoppedError, WaitError
+from ._call import Call
 from ._edits import Edits
+from ._ending import Ending
 from ._fakes import Fakes
 from ._frames import user_frame
 from ._instrument import Instruments
 from ._joins import Joins
-from ._layouts import Layouts, Probe
+from ._layouts import Layouts
 from ._leaves import leaves_of
 from ._modes import capture_modes
 from ._order import explain_late
@@ -31,47 +33,21 @@ from ._visit import INPUT, OUTPUT, STEP, OperationPlace, Place, Request, Visit
 from ._worker import Worker
 
 
-class Call:
-    """What a run executes: a function and the inputs it gets.
-
-    `repeatable` says that calling it again with the same inputs is the same forward.  For a batch, `probe` gives
-    forwards on rows of it (see `_layouts`), and `batch_first` names places whose values have the batch in front.
-    A `fake` call computes shapes only, and nothing about the model is learnt from it.
-    """
-
-    __slots__ = ("args", "batch_first", "fake", "function", "kwargs", "probe", "repeatable")
-
-    def __init__(
-        self,
-        function: Callable[..., Any],
-        args: tuple[Any, ...],
-        kwargs: dict[str, Any],
-        *,
-        repeatable: bool,
-        probe: Probe | None = None,
-        batch_first: Collection[Any] = (),
-        fake: bool = False,
-    ) -> None:
-        self.function = function
-        self.args = args
-        self.kwargs = kwargs
-        self.repeatable = repeatable
-        self.probe = probe
-        self.batch_first = batch_first
-        self.fake = fake
-
-    def __call__(self) -> Any:
-        return self.function(*self.args, **self.kwargs)
-
-
 class Run:
     """The workers, the main pass, and the second pass that serves reads which came too late.
 
-    `prepare` makes the call when the forward is first needed: a batch is complete only then.
+    `prepare` makes the call when the forward is first needed: a batch is complete only then.  An `early` run ends once
+    every block is done.
     """
 
     def __init__(
-        self, instruments: Instruments, stepper: Module, prepare: Callable[[], Call], *, strict: bool = False
+        self,
+        instruments: Instruments,
+        stepper: Module,
+        prepare: Callable[[], Call],
+        *,
+        strict: bool = False,
+        early: bool = False,
     ) -> None:
         self.instruments = instruments
         self.stepper = stepper
@@ -90,7 +66,7 @@ class Run:
         self.joins = Joins()
         self.fakes: Fakes | None = None  # in a scan
         self._prepare: Callable[[], Call] | None = prepare
-        self._stopped = False
+        self._ending = Ending(early=early)
         self._failure: BaseException | None = None
         self._replay: Replay | None = None
 
@@ -108,7 +84,7 @@ class Run:
             self.edits.begin(call)
             self.instruments.install()
             begin = None if self.lone else self._begin
-            self.main = Pass(
+            self.main = call.passes(
                 call, self.instruments, self.stepper, self.modes, self.overrides, self._serve, self._missed, begin
             )
             self.main.hand_on = self.edits.leave
@@ -117,20 +93,22 @@ class Run:
             if self.instruments.profile is None or call.fake:
                 self.main.learn(keep=not call.fake)
             if self.recordings:
-                self.recordings.attach(self.main)
+                self._attach_recordings(self.main)
         return self.main
 
     def finish(self) -> None:
         """Run the model to its end, with every block that still waits for it."""
-        if self.main is None and not self.recordings and all(w.coroutine is None for w in self.workers):
-            if not self._stopped:
+        if self.main is None:
+            if self._is_over():
+                return
+            if not self.recordings and all(w.coroutine is None for w in self.workers):
                 self._make_call()()
-            return
+                return
         main = self.start()
-        while not main.done and not self._is_stopped():
+        while not main.done and not self._is_over():
             main.advance()
             self._raise_failure(main)
-        if not self.lone:
+        if main.done and not self.lone:
             self._settle(main)
         if self.edits.late_reads:
             self.edits.check_late_reads()
@@ -160,12 +138,13 @@ class Run:
     def stop(self, worker: Worker) -> None:
         """End the forward as soon as no other worker needs it."""
         self.lone = False
-        self._stopped = worker.stopped = True
-        if worker.coroutine is None and self._is_stopped() and self.main is not None:
+        worker.stopped = True
+        self._ending.allow()
+        if worker.coroutine is None and self._is_over() and self.main is not None:
             self.main.close()
 
-    def _is_stopped(self) -> bool:
-        return self._stopped and all(worker.stopped or worker.finished for worker in self.workers)
+    def _is_over(self) -> bool:
+        return self._ending.has_come(self.workers)
 
     def _make_call(self) -> Call:
         if self.call is None:
@@ -281,8 +260,13 @@ class Run:
         """Tell recorders about every call of their places from now on."""
         self.lone = False
         self.recordings.add(recording)
+        self._ending.hold_for(recording)
         if self.main is not None:
-            self.recordings.attach(self.main)
+            self._attach_recordings(self.main)
+
+    def _attach_recordings(self, main: Pass) -> None:
+        self.recordings.attach(main)
+        self._ending.attach(main, self.instruments.profile, self.recordings, self._is_over)
 
     def part(self, worker: Worker, place: Any, kind: str, value: Any, index: int, path: str) -> Any:
         """The rows of `worker` in a value of the call number `index` of a place."""
@@ -400,9 +384,10 @@ class Run:
 
     def _begin(self) -> None:
         """In the model's coroutine, before the forward: let the deferred blocks run to their first request."""
-        for worker in self.workers:
-            while worker.request is None and worker.is_ready():
-                self._let_run(worker)
+        while ready := [w for w in self.workers if w.request is None and w.is_ready()]:
+            for worker in ready:  # one may bring about what another waits for
+                while worker.request is None and worker.is_ready():
+                    self._let_run(worker)
 
     def _scoped(self, visit: Visit, kind: str, value: Any, rows: Rows) -> Scoped:
         scoped = visit.scoped
@@ -444,5 +429,5 @@ class Run:
             self.main.pause()  # type: ignore[union-attr]  # called in its coroutine
             return
         worker.resume()
-        if self._failure is not None or self._is_stopped():
+        if self._failure is not None or self._is_over():
             self.main.pause()  # type: ignore[union-attr]

@@ -127,6 +127,10 @@ class Scoped:
             value = restore(value, self._native, leaves_of(value))
         return value, changed
 
+    def sources(self) -> list[torch.Tensor]:
+        """Every tensor that the value is made of: a change of one of them is in the value."""
+        return [*self._sources(), *(old.tensor for old in self._stale)]
+
     def copies(self) -> Iterator[tuple[torch.Tensor, str]]:
         """What blocks were given that shares no memory with the model: once it goes on, changes reach nothing."""
         for part in self._parts.values():

@@ -8,7 +8,7 @@ import sys
 from collections.abc import Callable
 from contextvars import ContextVar
 from types import FrameType
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, ClassVar
 
 from ._coroutine import Coroutine
 from ._modes import capture_modes, end_loan, is_inference, lend_inference, switch_modes
@@ -80,8 +80,11 @@ class Worker:
     The user's own frame is a worker without a coroutine of its own; a deferred block has one.  `step` is the
     generation step its requests are about (None: each place's first visit), `calls` the places of which it
     wants a later call than the first, `rows` the rows of the batch it may see (None: all).  `instruments` are those
-    of its run while it is the only one that is active here, else None; `frame` is where its `with` statement stands.
+    of its run while it is the only one that is active here, else None; `frame` is where its `with` statement stands.  A
+    `lasting` one is there for the others: no run goes on for it.
     """
+
+    lasting: ClassVar[bool] = False
 
     __slots__ = (
         "__weakref__",

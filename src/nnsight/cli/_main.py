@@ -14,7 +14,9 @@ from nnsight import __version__
 from nnsight.errors import NNsightError
 
 from ._demo import run_demo
-from ._serve import add_server_commands, run_server_command
+from ._doctor import add_doctor
+from ._remote import add_remote
+from ._serve import add_serve
 
 FAILED = 2
 INTERRUPTED = 130
@@ -59,10 +61,8 @@ def _run(argv: Sequence[str] | None) -> None:
     options = parser.parse_args(argv)
     if options.command is None:
         parser.print_help()
-    elif options.command == "demo":
-        run_demo(options.prompt, options.corrupted, options.model, options.out)
     else:
-        run_server_command(options)
+        options.run(options)
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -83,7 +83,10 @@ def _parser() -> argparse.ArgumentParser:
     )
     demo.add_argument("--model", default="nnsight/landmarks", help="a hub name or a folder")
     demo.add_argument("--out", type=Path, default=Path("nnsight-demo"), help="the folder for the files")
-    add_server_commands(commands)
+    demo.set_defaults(run=lambda options: run_demo(options.prompt, options.corrupted, options.model, options.out))
+    add_serve(commands)
+    add_remote(commands)
+    add_doctor(commands)
     return parser
 
 

@@ -1,4 +1,4 @@
-"""`nnsight serve`, `keys`, `status` and `whoami`: running a server, and asking one."""
+"""`nnsight serve` and `nnsight keys`: running a server, and who may use it."""
 
 from __future__ import annotations
 
@@ -6,47 +6,50 @@ import argparse
 from pathlib import Path
 from typing import Any
 
-import nnsight
-from nnsight import CONFIG
 
-
-def add_server_commands(commands: Any) -> None:
+def add_serve(commands: Any) -> None:
     """Add the commands to a parser's."""
     serve = commands.add_parser("serve", help="serve models to other processes")
-    serve.add_argument("models", nargs="+", metavar="MODEL", help="a hub name, with @revision where one is meant")
+    serve.set_defaults(run=_serve)
+    serve.add_argument("models", nargs="*", metavar="MODEL", help="a hub name, with @revision where one is meant")
     serve.add_argument("--host", default="127.0.0.1")
     serve.add_argument("--port", type=int, default=8000)
     serve.add_argument("--api-keys", type=Path, metavar="FILE", help="who may use it; see `nnsight keys`")
     serve.add_argument("--no-auth-on-loopback", action="store_true", help="everybody on this machine may")
     serve.add_argument("--trusted", action="store_true", help="run blocks in the process that holds the model")
     serve.add_argument("--data", type=Path, metavar="FOLDER", help="where the queue and answers are kept")
+    serve.add_argument("--replicas", type=int, default=1, metavar="N", help="processes that hold each model")
+    limits = serve.add_argument_group("what one user may take")
+    limits.add_argument("--job-seconds", type=int, metavar="N", help="how long a job may run")
+    limits.add_argument("--job-memory", type=int, metavar="MIB", help="memory of a confined job, beyond the model")
+    limits.add_argument("--user-jobs", type=int, metavar="N", help="jobs of one user that wait or run")
+    limits.add_argument("--keep", type=int, metavar="SECONDS", help="how long answers are kept")
     serve.add_argument("--dtype", help="the models' dtype: bfloat16, float32, …")
     serve.add_argument("--device-map", help="as `from_pretrained` takes it: auto, cpu, cuda:0, …")
-    keys = commands.add_parser("keys", help="make keys for a server")
-    keys.add_argument("action", choices=["create"])
-    keys.add_argument("name", help="whose key it is")
-    keys.add_argument("--file", type=Path, required=True, help="the file that `serve --api-keys` reads")
-    for name, text in (("status", "what a server serves"), ("whoami", "whose key this is")):
-        asked = commands.add_parser(name, help=text)
-        asked.add_argument("--host", help="the server's address; by default NDIF_HOST")
+    _add_keys(commands)
 
 
-def run_server_command(options: argparse.Namespace) -> None:
-    """Run one of the commands."""
-    if options.command == "serve":
-        _serve(options)
-    elif options.command == "keys":
-        from nnsight.server import create_key
-
-        print(create_key(options.file, options.name))
-    else:
-        CONFIG.API.HOST = options.host or CONFIG.API.HOST
-        print(nnsight.whoami() if options.command == "whoami" else _status())
+def _add_keys(commands: Any) -> None:
+    keys = commands.add_parser("keys", help="who may use a server").add_subparsers(dest="action", required=True)
+    create = keys.add_parser("create", help="make a key, and print it")
+    create.set_defaults(run=_create)
+    create.add_argument("name", help="whose key it is")
+    create.add_argument("--admin", action="store_true", help="who has it may deploy and evict models")
+    create.add_argument("--priority", type=int, default=0, metavar="N", help="jobs of the highest go first")
+    revoke = keys.add_parser("revoke", help="take the keys of a user out")
+    revoke.set_defaults(run=_revoke)
+    revoke.add_argument("name", help="whose keys")
+    shown = keys.add_parser("list", help="whose keys there are")
+    shown.set_defaults(run=_list)
+    for action in (create, revoke, shown):
+        action.add_argument("--file", type=Path, required=True, help="the file that `serve --api-keys` reads")
 
 
 def _serve(options: argparse.Namespace) -> None:
-    from nnsight.server import serve
+    from nnsight.server import Limits, serve
 
+    memory = None if options.job_memory is None else options.job_memory * 2**20
+    wanted = {"seconds": options.job_seconds, "memory": memory, "queued": options.user_jobs, "keep": options.keep}
     given = {"dtype": options.dtype, "device_map": options.device_map}
     serve(
         options.models,
@@ -57,13 +60,28 @@ def _serve(options: argparse.Namespace) -> None:
         trusted=options.trusted,
         data=options.data,
         options={name: value for name, value in given.items() if value is not None},
+        replicas=options.replicas,
+        limits=Limits(**{name: value for name, value in wanted.items() if value is not None}),
     )
 
 
-def _status() -> str:
-    info = nnsight.status()
-    lines = [f"nnsight {info.versions.nnsight}, torch {info.versions.torch}, transformers {info.versions.transformers}"]
-    for model in info.models:
-        name = model.name if model.revision is None else f"{model.name}@{model.revision}"
-        lines.append(f"{name}: {'running' if model.running else 'loading'}, {model.queued} waiting")
-    return "\n".join(lines)
+def _create(options: argparse.Namespace) -> None:
+    from nnsight.server import create_key
+
+    print(create_key(options.file, options.name, admin=options.admin, priority=options.priority))
+
+
+def _revoke(options: argparse.Namespace) -> None:
+    from nnsight.server import revoke_keys
+
+    count = revoke_keys(options.file, options.name)
+    print(f"{count} key{'' if count == 1 else 's'} of {options.name} revoked")
+
+
+def _list(options: argparse.Namespace) -> None:
+    from nnsight.server import list_users
+
+    for user in list_users(options.file):
+        rights = ["administrator"] if user.admin else []
+        rights += [f"priority {user.priority}"] if user.priority else []
+        print("  ".join([user.name, ", ".join(rights)]).rstrip())

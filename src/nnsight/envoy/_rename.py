@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import difflib
-from collections.abc import Callable, Collection, Iterable, Mapping
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 
 from torch.nn import Module
 
@@ -31,6 +31,17 @@ class Aliases:
             else:
                 self._names.setdefault(new, []).append(old)
         self._check_collisions(root)
+
+    @classmethod
+    def of(cls, mounted: Mapping[str, str], names: Mapping[str, Sequence[str]]) -> Aliases:
+        """The names of a model that is not here, where they were checked."""
+        aliases = object.__new__(cls)
+        aliases._mounted, aliases._names = dict(mounted), {new: list(olds) for new, olds in names.items()}
+        return aliases
+
+    def parts(self) -> tuple[dict[str, str], dict[str, list[str]]]:
+        """What `of` makes the same names of."""
+        return self._mounted, self._names
 
     def __bool__(self) -> bool:
         return bool(self._mounted or self._names)

@@ -201,6 +201,8 @@ def source_of(envoy: Envoy) -> Source:
     tree = operations_of(envoy._tree)
     worker = tree.find_worker()
     if worker is not None:
+        if envoy._tree.hides_operations:
+            raise SourceError(envoy._tree.hides_operations)
         tree.places.open(worker, module)
     return source
 

@@ -40,6 +40,7 @@ class Tree:
         self.classes: Classes | None = None
         self.operations: Tree | None = None
         self.vocabulary: Any = None
+        self.hides_operations: str | None = None  # why the operations inside forwards cannot be had
         self.due: Callable[[], None] | None = None  # to be done when the next trace begins
         self.find_named: Callable[[Envoy, str], Envoy | None] | None = None  # names beside the modules' own
 

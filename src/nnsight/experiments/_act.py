@@ -151,7 +151,7 @@ def _other_run(
         raise errors.InputError(f"{place.key} has no value of one position; a swap is of places [batch, pos, …].")
     tokenizer = getattr(model, "tokenizer", None)
     ids = encode_prompts(tokenizer, [prompt if isinstance(prompt, str) else list(prompt)], 0, "all", None)[0].ids
-    with torch.no_grad(), model.trace(torch.tensor([ids])) as tracer:
+    with torch.inference_mode(False), torch.no_grad(), model.trace(torch.tensor([ids])) as tracer:
         found = place.read()[0].detach().clone()
         tracer.stop()
     if isinstance(positions, str):

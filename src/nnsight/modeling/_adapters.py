@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -11,34 +11,53 @@ from torch.nn import Module
 
 from ..errors import InputError, LoadError
 
-_CONFIG = "adapter_config.json"
+_FILE_OPTIONS = ("revision", "subfolder", "token", "cache_dir", "local_files_only")
 
 
-def base_of(folder: str) -> str | None:
-    """The name of the model that a folder with an adapter alone is for."""
-    path = Path(folder)
-    if not (path / _CONFIG).is_file() or (path / "config.json").is_file():
-        return None
-    return json.loads((path / _CONFIG).read_text("utf-8")).get("base_model_name_or_path")
+class Adapter:
+    """An adapter's folder or name on the hub, with the options that say where its files are."""
 
+    def __init__(self, name: str, options: Mapping[str, Any]) -> None:
+        self.name = name
+        self._options = {key: options[key] for key in _FILE_OPTIONS if key in options}
 
-def add_empty(model: Module, adapter: str) -> None:
-    """Give a model on the meta device the adapter's layers, without weights."""
-    peft = _import()
-    try:
-        config = peft.PeftConfig.from_pretrained(adapter)
-    except (OSError, ValueError) as error:
-        raise LoadError(_NOT_FOUND.format(name=adapter, reason=str(error).partition("\n")[0])) from error
-    model.add_adapter(config)  # type: ignore[operator]
+    @classmethod
+    def alone(cls, name: str, options: Mapping[str, Any]) -> tuple[Adapter, str] | None:
+        """The adapter that is all there is at a model's place, and the name of the model it is for."""
+        from transformers.utils.peft_utils import find_adapter_config_file
 
+        adapter = cls(name, options)
+        file = find_adapter_config_file(name, **adapter._options)
+        base = json.loads(Path(file).read_text("utf-8")).get("base_model_name_or_path") if file else None
+        return (adapter, base) if base else None
 
-def load(model: Module, adapter: str) -> None:
-    """Give a model the adapter's layers with their weights."""
-    _import()
-    try:
-        model.load_adapter(adapter)  # type: ignore[operator]
-    except OSError as error:
-        raise LoadError(_NOT_FOUND.format(name=adapter, reason=str(error).partition("\n")[0])) from error
+    def add_empty(self, model: Module) -> None:
+        """Give a model on the meta device the adapter's layers, without weights."""
+        peft = _import()
+        try:
+            config = peft.PeftConfig.from_pretrained(self.name, **self._options)
+        except (OSError, ValueError) as error:
+            raise LoadError(_NOT_FOUND.format(name=self.name, reason=_first_line(error))) from error
+        try:
+            model.add_adapter(config)  # type: ignore[operator]
+        except ValueError as error:
+            raise self._misfit(model, _first_line(error)) from error
+
+    def load(self, model: Module) -> None:
+        """Give a model the adapter's layers with their weights."""
+        _import()
+        try:
+            info = model.load_adapter(self.name, adapter_kwargs=self._options)  # type: ignore[operator]
+        except OSError as error:
+            raise LoadError(_NOT_FOUND.format(name=self.name, reason=_first_line(error))) from error
+        except (ValueError, RuntimeError) as error:
+            raise self._misfit(model, _first_line(error)) from error
+        missing = sorted(info.missing_keys)
+        if missing:
+            raise self._misfit(model, f"it has no weights for {', '.join(missing[:3])} ({len(missing)} in all)")
+
+    def _misfit(self, model: Module, reason: str) -> LoadError:
+        return LoadError(_MISFIT.format(name=self.name, model=type(model).__name__, reason=reason.rstrip(".")))
 
 
 def unwrapped(module: Module) -> Module:
@@ -71,6 +90,14 @@ def _import() -> Any:
         raise LoadError("Adapters need the peft package: pip install peft.") from error
     return peft
 
+
+def _first_line(error: BaseException) -> str:
+    return str(error).strip().partition("\n")[0]
+
+
+_MISFIT = """\
+The adapter {name!r} does not fit this {model}: {reason}. Its adapter_config.json names the model that it is for \
+(base_model_name_or_path)."""
 
 _NOT_FOUND = """\
 The adapter {name!r} could not be loaded: {reason}

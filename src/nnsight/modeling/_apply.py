@@ -2,15 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Iterable, Sequence
 from types import TracebackType
 from typing import Any, Protocol
 
-from ..envoy import Envoy
 from ..errors import InputError
-from ..trace import Edit, FunctionEdit
-
-Begin = Callable[[], Callable[[int], None]]
+from ..trace import Begin, Edit, InterventionEdit
 
 
 class Intervention(Protocol):
@@ -24,21 +21,29 @@ class Intervention(Protocol):
         ...
 
 
-def edits_of(model: Envoy, intervention: Intervention) -> list[FunctionEdit]:
-    """The edits that an intervention is for `model`.
+def edit_of(model: Any, intervention: Intervention) -> InterventionEdit:
+    """The edit that an intervention is for `model`, with the edits that the model has now.
+
+    It is prepared at once where the weights are there, so that what does not fit is refused here.
 
     Raises:
         InputError: A trace of the model is open.
     """
     if model._tree.find_worker() is not None:  # preparing may run the model
         raise InputError(_INSIDE)
-    return [FunctionEdit(name, begin) for name, begin in intervention.prepare(model)]
+    twin = model._copy()
+    edit = InterventionEdit(intervention, lambda: intervention.prepare(twin))
+    if model.dispatched:
+        edit.prepare()
+    return edit
 
 
 class Applied:
     """The context that `model.apply(intervention)` gives; it can be entered again."""
 
-    def __init__(self, model: Any, edits: list[FunctionEdit], stored: list[Edit | FunctionEdit]) -> None:
+    def __init__(
+        self, model: Any, edits: Sequence[Edit | InterventionEdit], stored: list[Edit | InterventionEdit]
+    ) -> None:
         self._model = model
         self._edits = edits
         self._stored = stored

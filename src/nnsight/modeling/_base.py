@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any, Literal, cast, overload
+from typing import Any, Literal, TypeVar, cast, overload
+from weakref import WeakSet
 
 from torch import Tensor
 from torch.nn import Module
@@ -14,12 +15,15 @@ from .._core import Call, Override, Probe
 from ..envoy import Aliases, Classes, Envoy, Tree
 from ..errors import InputError, NoInputError
 from ..names import Name, Named, find_named
-from ..trace import IN_A_TRACE, Edit, Editing, FunctionEdit, Given, Prepared, ScanTracer, Session, Tracer, save
-from ._apply import Applied, Intervention, edits_of
+from ..trace import IN_A_TRACE, Edit, Editing, Given, InterventionEdit, Prepared, ScanTracer, Session, Tracer, save
+from ._apply import Applied, Intervention, edit_of
 from ._batch import join_inputs
 from ._elsewhere import open_elsewhere
+from ._offload import without_offload
 from ._probe import choose_rows, select_rows
 from ._steer import Steered, steer
+
+Kind = TypeVar("Kind", bound="NNsight")
 
 
 class NNsight(Named):
@@ -69,9 +73,11 @@ class NNsight(Named):
             kinds = {type(self), Envoy, *(envoys or {}).values()}
             taken = {name for kind in kinds for name in dir(kind) if not isinstance(vars(Named).get(name), Name)}
             tree.aliases = Aliases(module, rename, taken)
-        self._edits: list[Edit | FunctionEdit] = []
+        self._edits: list[Edit | InterventionEdit] = []
+        self._twins: WeakSet[NNsight] = WeakSet([self])  # the models that share these modules
         self._rename = dict(rename) if rename else None
 
+    dispatched = True  # whether the weights are loaded
     _is_served = False  # a server's own: what asks to run elsewhere has arrived there
 
     @property
@@ -79,10 +85,24 @@ class NNsight(Named):
         return self._module
 
     @overload
-    def trace(self, *inputs: Any, trace: Literal[True] = True, strict_order: bool = False, **kwargs: Any) -> Tracer: ...
+    def trace(
+        self,
+        *inputs: Any,
+        trace: Literal[True] = True,
+        strict_order: bool = False,
+        stop_after_last: bool = False,
+        **kwargs: Any,
+    ) -> Tracer: ...
     @overload
     def trace(self, *inputs: Any, trace: Literal[False], strict_order: bool = False, **kwargs: Any) -> Any: ...
-    def trace(self, *inputs: Any, trace: bool = True, strict_order: bool = False, **kwargs: Any) -> Any:
+    def trace(
+        self,
+        *inputs: Any,
+        trace: bool = True,
+        strict_order: bool = False,
+        stop_after_last: bool = False,
+        **kwargs: Any,
+    ) -> Any:
         """Run the model once, with a block that reads and changes what happens inside.
 
         Example:
@@ -97,8 +117,11 @@ class NNsight(Named):
             *inputs: What the model is called with.
             trace: False calls the model plainly and returns its result.
             strict_order: Make reading a place that has passed an error; otherwise a second forward pass serves it.
-            **kwargs: Keyword arguments of the forward; `remote=True`, `timeout=` (seconds), `blocking=False` and
-                `backend="local-process"` run the block elsewhere.
+            stop_after_last: End the forward once the block's last request was served: what comes after is not run. The
+                blocks of all invokes are waited for, and the modules named in `tracer.cache(modules=...)`; stored edits count
+                up to there. A request for the result (`tracer.result`, `model.output`) is one for the whole forward.
+            **kwargs: Keyword arguments of the forward; `remote=True`, `timeout=` (seconds), `blocking=False`, `solo=True` (in
+                no forward that other jobs share) and `backend="local-process"` run the block elsewhere.
 
         Returns:
             A `Tracer` to use in a `with` statement, or with `trace=False` what the model returns.
@@ -106,11 +129,12 @@ class NNsight(Named):
         Raises:
             NoInputError: Neither here nor in an invoke was the model given an input.
         """
-        elsewhere = open_elsewhere(self, "trace", inputs, kwargs, strict_order=strict_order)
+        elsewhere = open_elsewhere(self, "trace", inputs, kwargs, strict_order, stop_after_last)
         if elsewhere is not None:
             return elsewhere
         given = self._take_given(inputs, kwargs)
         if not trace:
+            check_block(stop_after_last)
             return self._prepare([given] if given else [], kwargs).call()
         return Tracer(
             self._tree,
@@ -118,9 +142,10 @@ class NNsight(Named):
             given,
             edits=self._edits,
             strict_order=strict_order,
+            stop_after_last=stop_after_last,
         )
 
-    def scan(self, *inputs: Any, strict_order: bool = False, **kwargs: Any) -> Any:
+    def scan(self, *inputs: Any, strict_order: bool = False, stop_after_last: bool = False, **kwargs: Any) -> Any:
         """Trace shapes and dtypes only: nothing is computed, and weights need not be there.
 
         Values inside the block, and after it, are fake tensors, which know their shape, strides, dtype and
@@ -140,6 +165,7 @@ class NNsight(Named):
         Args:
             *inputs: As for `trace`.
             strict_order: As for `trace`.
+            stop_after_last: As for `trace`.
             **kwargs: As for `trace`.
 
         Returns:
@@ -149,7 +175,7 @@ class NNsight(Named):
             NoInputError: The model was given no input.
             ScanError: A shape depends on values; the message names the module.
         """
-        elsewhere = open_elsewhere(self, "scan", inputs, kwargs, strict_order=strict_order)
+        elsewhere = open_elsewhere(self, "scan", inputs, kwargs, strict_order, stop_after_last)
         if elsewhere is not None:
             return elsewhere
         given = self._take_given(inputs, kwargs)
@@ -159,12 +185,13 @@ class NNsight(Named):
             given,
             edits=self._edits,
             strict_order=strict_order,
+            stop_after_last=stop_after_last,
         )
         return tracer.with_overrides(self._scan_overrides())
 
     def _scan_overrides(self) -> dict[Module, Override]:
-        """Forwards to use in a scan in place of those whose shapes depend on values."""
-        return {}
+        """Forwards to use in a scan in place of those that cannot run without values."""
+        return without_offload(self._module)
 
     def session(self, **options: Any) -> Any:
         """Group traces that belong together; values of one are ordinary variables in the next.
@@ -225,8 +252,8 @@ class NNsight(Named):
     @overload
     def edit(self, intervention: None = None, *, inplace: bool = False) -> Editing: ...
     @overload
-    def edit(self, intervention: Intervention, *, inplace: bool = False) -> NNsight: ...
-    def edit(self, intervention: Intervention | None = None, *, inplace: bool = False) -> Editing | NNsight:
+    def edit(self: Kind, intervention: Intervention, *, inplace: bool = False) -> Kind: ...
+    def edit(self: Kind, intervention: Intervention | None = None, *, inplace: bool = False) -> Editing | Kind:
         """Store a block, or an intervention, that runs in every later trace, at every step of a generation.
 
         Example:
@@ -250,7 +277,7 @@ class NNsight(Named):
         """
         edited = self if inplace else self._copy()
         if intervention is not None:
-            edited._edits += edits_of(self, intervention)
+            edited._edits.append(edit_of(self, intervention))
             return edited
         return Editing(edited, edited._edits.append)
 
@@ -280,7 +307,7 @@ class NNsight(Named):
         """
         if not hasattr(intervention, "prepare"):
             return self._bind(self._module.apply)(intervention)
-        return Applied(self, edits_of(self, cast("Intervention", intervention)), self._edits)
+        return Applied(self, [edit_of(self, cast("Intervention", intervention))], self._edits)
 
     def steer(
         self,
@@ -341,11 +368,25 @@ class NNsight(Named):
         """
         self._edits.clear()
 
-    def _copy(self) -> NNsight:
+    def _copy(self: Kind) -> Kind:
         twin = copy.copy(self)
         twin._edits = list(self._edits)
         twin._children, twin._indexed = {}, {}
+        self._twins.add(twin)
         return twin
+
+    def _take(self, module: Module) -> None:
+        """Use a loaded module in place of its empty shape, in all models that share it."""
+        for twin in list(self._twins):
+            twin._rebind(module)
+            twin.dispatched = True
+        self._tree.rebind(module)
+
+
+def check_block(stop_after_last: bool) -> None:
+    """Refuse what is about a block's requests where there is no block."""
+    if stop_after_last:
+        raise InputError("stop_after_last=True is about what a block asks for: leave it out with trace=False.")
 
 
 NO_INPUT = """\

@@ -7,7 +7,7 @@ from typing import Any, NamedTuple
 
 from ..errors import InputError
 
-_NAMES = ("remote", "backend", "blocking", "timeout")
+_NAMES = ("remote", "backend", "blocking", "timeout", "solo")
 BACKENDS = ("local-process",)
 DEFAULT_TIMEOUT = 120.0
 
@@ -18,6 +18,7 @@ class Elsewhere(NamedTuple):
     backend: str | None
     blocking: bool
     timeout: float
+    solo: bool = False  # in no forward that others share
 
 
 Open = Callable[[Any, Elsewhere, str, tuple[Any, ...], dict[str, Any], bool], Any]
@@ -30,7 +31,12 @@ def set_opener(opener: Open) -> None:
 
 
 def open_elsewhere(
-    model: Any, method: str, args: tuple[Any, ...], kwargs: dict[str, Any], *, strict_order: bool = False
+    model: Any,
+    method: str,
+    args: tuple[Any, ...],
+    kwargs: dict[str, Any],
+    strict_order: bool = False,
+    stop_after_last: bool = False,
 ) -> Any:
     """A tracer that sends its block away, None where the options in `kwargs`, which are taken out, do not ask for that."""
     if not any(name in kwargs for name in _NAMES[:2]):
@@ -41,5 +47,8 @@ def open_elsewhere(
         raise InputError(f"There is no backend {backend!r}; there is: {', '.join(BACKENDS)}.")
     if not (options.get("remote") or backend) or model._is_served:
         return None
+    if stop_after_last:
+        kwargs["stop_after_last"] = True
     elsewhere = Elsewhere(backend, options.get("blocking", True), float(options.get("timeout") or DEFAULT_TIMEOUT))
+    elsewhere = elsewhere._replace(solo=bool(options.get("solo")))
     return _openers[0](model, elsewhere, method, args, kwargs, strict_order)

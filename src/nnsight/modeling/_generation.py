@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+import inspect
+import re
 from typing import Any
 
 import torch
+from torch.nn import Module
 
 from .._core import OUTPUT, Place, current_pass
 from ..envoy import Tree
+from ._adapters import unwrapped
 
 GENERATED = Place("model.generator.output", final=True, read_only=True)
 TOKEN = Place("model.generator.streamer.output", read_only=True)
@@ -54,6 +58,26 @@ def generate(module: Any, **options: Any) -> Any:
     criteria = [*(options.pop("stopping_criteria", None) or ()), _show_token]
     result = module.generate(stopping_criteria=StoppingCriteriaList(criteria), **options)
     return current.touch(GENERATED, result)
+
+
+def stepper_of(module: Module) -> Module:
+    """The part of a model whose calls are the steps of its generation: its own, or those of a model inside."""
+    module = unwrapped(module)
+    own = getattr(type(module), "generate", None)
+    if own is None or own.__module__.startswith("transformers.generation."):
+        return module
+    try:
+        source = inspect.getsource(own)
+    except (OSError, TypeError):
+        return module
+    inner = set(_INNER.findall(source))
+    if len(inner) != 1 or "super().generate(" in source:
+        return module
+    found = getattr(module, inner.pop(), None)
+    return stepper_of(found) if isinstance(found, Module) else module
+
+
+_INNER = re.compile(r"self\.(\w+)\.generate\(")
 
 
 def _show_token(ids: torch.Tensor, scores: Any, **_: Any) -> torch.Tensor:

@@ -95,18 +95,37 @@ def take_block_output(current: Any, assigned: Any) -> Any:
 @functools.cache
 def returns_tuple(kind: type[Module]) -> bool | None:
     """Whether blocks of class `kind` return a tuple, as their source says; None where it does not."""
-    try:
-        lines = analyse(kind.forward).lines
-    except SourceError:
+    tree = _forward_of(kind)
+    if tree is None:
         return None
-    tree = ast.parse(textwrap.dedent("\n".join(lines)))
     assigned: dict[str, list[ast.expr]] = {}
     for node in ast.walk(tree):
         if isinstance(node, ast.Assign) and isinstance(node.targets[0], ast.Name):
             assigned.setdefault(node.targets[0].id, []).append(node.value)
-    returned = [node.value for node in ast.walk(tree) if isinstance(node, ast.Return) and node.value is not None]
-    answers = {_is_tuple(value, assigned) for value in returned}
+    answers = {_is_tuple(value, assigned) for value in _returned(tree)}
     return answers.pop() if len(answers) == 1 else None
+
+
+@functools.cache
+def beside_hidden(kind: type[Module]) -> tuple[str, ...]:
+    """What blocks of class `kind` always return behind the hidden states, in the words of their source."""
+    tree = _forward_of(kind)
+    tuples = [value for value in _returned(tree) if isinstance(value, ast.Tuple)] if tree is not None else []
+    if not tuples or any(isinstance(item, ast.Starred) for value in tuples for item in value.elts):
+        return ()
+    shortest = min(tuples, key=lambda value: len(value.elts))
+    return tuple(ast.unparse(item) for item in shortest.elts[1:])
+
+
+def _forward_of(kind: type[Module]) -> ast.Module | None:
+    try:
+        return ast.parse(textwrap.dedent("\n".join(analyse(kind.forward).lines)))
+    except SourceError:
+        return None
+
+
+def _returned(tree: ast.Module) -> list[ast.expr]:
+    return [node.value for node in ast.walk(tree) if isinstance(node, ast.Return) and node.value is not None]
 
 
 def _is_tuple(value: ast.expr, assigned: dict[str, list[ast.expr]]) -> bool | None:

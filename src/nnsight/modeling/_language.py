@@ -82,7 +82,14 @@ class LanguageModel(TransformersModel):
         self._processor = tokenizer
         self._has_own_processor = True
 
-    def trace(self, *inputs: Any, trace: bool = True, strict_order: bool = False, **kwargs: Any) -> Any:
+    def trace(
+        self,
+        *inputs: Any,
+        trace: bool = True,
+        strict_order: bool = False,
+        stop_after_last: bool = False,
+        **kwargs: Any,
+    ) -> Any:
         """Run the model once on prompts, with a block that reads and changes what happens inside.
 
         Example:
@@ -99,6 +106,9 @@ class LanguageModel(TransformersModel):
                 different lengths are padded on the left, with positions so that each row equals its own single run.
             trace: False calls the model plainly and returns its output.
             strict_order: Make reading a place that has passed an error; otherwise a second forward pass serves it.
+            stop_after_last: End the forward once the block's last request was served: what comes after is not run. The
+                blocks of all invokes are waited for, and the modules named in `tracer.cache(modules=...)`; stored edits count
+                up to there. A request for the result (`tracer.result`, `model.output`) is one for the whole forward.
             **kwargs: Keyword arguments of the forward (`use_cache=False`) or the tokenizer (`add_special_tokens`);
                 `remote=True`, `timeout=` (seconds), `blocking=False` and `backend="local-process"` run the block
                 elsewhere, and load no weights here.
@@ -110,7 +120,8 @@ class LanguageModel(TransformersModel):
             NoInputError: The model was given no input.
             InputError: The input is nothing that a language model takes.
         """
-        return super().trace(*inputs, trace=trace, strict_order=strict_order, **kwargs)
+        options = {"strict_order": strict_order, "stop_after_last": stop_after_last}
+        return super().trace(*inputs, trace=trace, **options, **kwargs)
 
     def _needs(self) -> Needs:
         return Needs(self._module, self._processor)

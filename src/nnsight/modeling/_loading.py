@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Collection, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -10,11 +10,12 @@ from typing import Any
 import torch
 from torch.nn import Module
 
-from ..errors import LoadError
-from ._adapters import add_empty, base_of, load
+from ..errors import InputError, LoadError
+from ._adapters import Adapter
 
 _BUNDLED = Path(__file__).parent.parent / "_bundled"
 _CONFIG_OPTIONS = ("revision", "trust_remote_code", "token", "cache_dir", "local_files_only", "subfolder")
+_BAD_OPTIONS = (ValueError, TypeError, AttributeError, ImportError)  # what transformers raises for them
 _SHAPE_OPTIONS = ("trust_remote_code", "attn_implementation", "dtype", "torch_dtype")
 
 
@@ -41,45 +42,58 @@ class Source:
         self.name = name
         self.location = resolve(name)
         self.options = dict(options)
+        options["trust_remote_code"] = bool(options.get("trust_remote_code"))  # else transformers asks on the terminal
         self._options = options
-        self._adapter: str | None = options.pop("peft", None)
-        base = base_of(self.location)
-        if base is not None:
-            self._adapter, self.location = self.location, resolve(base)
+        adapter = options.pop("peft", None)
+        self._adapter = None if adapter is None else Adapter(adapter, self._file_options("token", "cache_dir"))
         self.revision: str | None = options.get("revision")
-        self.config = self._load_config(options.pop("config", None))
+        config = options.pop("config", None)
+        self.config = self._load_config() if config is None else config
         self._class = choose_class(self.config, kinds)
 
-    def _load_config(self, config: Any) -> Any:
+    def _load_config(self) -> Any:
         from transformers import AutoConfig
 
-        if config is not None:
-            return config
-        options = {key: self._options[key] for key in _CONFIG_OPTIONS if key in self._options}
         try:
-            return AutoConfig.from_pretrained(self.location, **options)
+            return AutoConfig.from_pretrained(self.location, **self._file_options())
         except (OSError, ValueError) as error:
-            raise LoadError(_NOT_FOUND.format(name=self.name, reason=first_line(error))) from error
+            found = Adapter.alone(self.location, self._file_options()) if self._adapter is None else None
+            if found is None:
+                raise self._not_found(error) from error
+        self._adapter, base = found
+        self.location = resolve(base)
+        for name in ("revision", "subfolder"):  # the adapter's
+            self._options.pop(name, None)
+        return self._load_config()
+
+    def _file_options(self, *names: str) -> dict[str, Any]:
+        return {key: self._options[key] for key in names or _CONFIG_OPTIONS if key in self._options}
 
     def load_processor(self, kind: str) -> Any:
         """The model's own tokenizer ("AutoTokenizer") or processor ("AutoProcessor")."""
         import transformers
 
-        options = {key: self._options[key] for key in _CONFIG_OPTIONS if key in self._options}
         try:
-            return getattr(transformers, kind).from_pretrained(self.location, **options)
+            return getattr(transformers, kind).from_pretrained(self.location, **self._file_options())
         except (OSError, ValueError, KeyError, ImportError) as error:
             what = kind.removeprefix("Auto").lower()
             raise LoadError(_NO_PROCESSOR.format(what=what, name=self.name, reason=first_line(error))) from error
 
     def build_empty(self) -> Module:
         """The model's modules on the meta device: shapes, no weights."""
-        allowed = {name: self._options[name] for name in _SHAPE_OPTIONS if self._options.get(name, "auto") != "auto"}
-        build = getattr(self._class, "from_config", None) or self._class._from_config
+        given = {name: self._options.get(name) for name in _SHAPE_OPTIONS}
+        options = {name: value for name, value in given.items() if value is not None and value != "auto"}
+        build = getattr(self._class, "from_config", None)
+        if build is None:  # a class of transformers' own
+            build = self._class._from_config
+            del options["trust_remote_code"]
         with torch.device("meta"):
-            model = build(self.config, **allowed)
+            try:
+                model = build(self.config, **options)
+            except _BAD_OPTIONS as error:
+                raise self._refused(error) from error
             if self._adapter is not None:
-                add_empty(model, self._adapter)
+                self._adapter.add_empty(model)
             return model.eval()
 
     def load(self) -> Module:
@@ -87,11 +101,25 @@ class Source:
         try:
             with _quiet_progress(self.location != self.name):
                 model = self._class.from_pretrained(self.location, config=self.config, **self._options)
-                if self._adapter is not None:
-                    load(model, self._adapter)
-                return model.eval()
         except OSError as error:
-            raise LoadError(_NOT_FOUND.format(name=self.name, reason=first_line(error))) from error
+            raise self._not_found(error) from error
+        except _BAD_OPTIONS as error:
+            raise self._refused(error) from error
+        if self._adapter is not None:
+            with _quiet_progress(True):
+                self._adapter.load(model)
+        return model.eval()
+
+    def _refused(self, error: Exception) -> LoadError:
+        options = [f"{name}={value!r}" for name, value in self._options.items() if name in self.options]
+        return LoadError(
+            _REFUSED.format(name=self.name, options=", ".join(options) or "none", reason=first_line(error))
+        )
+
+    def _not_found(self, error: Exception) -> LoadError:
+        if "trust_remote_code" in str(error):
+            return LoadError(_CUSTOM_CODE.format(name=self.name))
+        return LoadError(_NOT_FOUND.format(name=self.name, reason=first_line(error)))
 
 
 def choose_class(config: Any, kinds: Sequence[str]) -> Any:
@@ -109,6 +137,14 @@ def choose_class(config: Any, kinds: Sequence[str]) -> Any:
         if mapping is None or type(config) in mapping or found.__name__ in remote:
             return found
     raise LoadError(_NOT_SERVED.format(config=type(config).__name__, kinds=" or ".join(kinds)))
+
+
+def refuse_options(options: Collection[str]) -> None:
+    """Refuse what is about loading where a module is given, which is used as it stands."""
+    if "peft" in options:
+        raise InputError(_LOADED_ADAPTER)
+    if options:
+        raise InputError(_LOADED.format(options=", ".join(f"{name}=…" for name in options)))
 
 
 @contextmanager
@@ -131,8 +167,23 @@ def first_line(error: BaseException) -> str:
     return str(error).strip().partition("\n")[0]
 
 
+_LOADED = """\
+{options} is about loading, and a module of your own is used as it stands: give it to `from_pretrained` where you make the \
+module, or give a name or a folder in place of the module."""
+
+_LOADED_ADAPTER = """\
+peft=… is about loading, and a module of your own is used as it stands: give the module its adapter first, with \
+`peft.PeftModel.from_pretrained(module, adapter)`."""
+
 _NO_PROCESSOR = """\
 The {what} of {name!r} could not be loaded ({reason}). Pass {what}=… where you make the model, or give it tensors."""
+
+_REFUSED = """\
+transformers could not make the model {name!r} with these options ({options}): {reason}"""
+
+_CUSTOM_CODE = """\
+The model {name!r} brings Python code of its own, which is not run unasked. Read it, and pin it: \
+trust_remote_code=True, revision="the commit that you have read"."""
 
 _NOT_SERVED = """\
 {kinds} of transformers does not serve a model with {config}: choose another task=… or auto_class=…, or none, which \

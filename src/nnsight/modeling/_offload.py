@@ -12,9 +12,7 @@ from .._core import Override
 
 def without_offload(root: Module) -> dict[Module, Override]:
     """For each module that fetches its weights when it is called, the forward that does not."""
-    if not hasattr(root, "hf_device_map"):
-        return {}
-    found = {module: vars(module).get("_old_forward") for module in root.modules() if hasattr(module, "_hf_hook")}
+    found = {module: vars(module).get("_old_forward") for module in root.modules() if "_hf_hook" in vars(module)}
     return {module: _instead(forward) for module, forward in found.items() if forward is not None}
 
 

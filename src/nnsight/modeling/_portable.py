@@ -1,4 +1,4 @@
-"""Objects of PyTorch and transformers in plain parts, for sending them to another process that has the same libraries."""
+"""Objects of PyTorch, transformers and traces in plain parts, to be sent to a process with the same libraries."""
 
 from __future__ import annotations
 
@@ -9,13 +9,16 @@ from typing import Any, NamedTuple
 import torch
 
 from .._core import AssignableTuple, as_native
-from ..errors import EditError
+from ..errors import EditError, RowsError
+from ..trace import Cache, cache_of, cache_parts
 from ._hidden import BlockOutput, show_block_output
 from ._outputs import _AnswersAsLogits, show_causal_output
 
 _TUPLE = "tuple"
 _BLOCK = "block output"
 _CACHE = "key-value cache"
+_RECORD = "nnsight:cache"
+_REFUSED = "no part"
 _ENCODING = "encoding"
 _RETURNED = "torch.return_types."
 _LIBRARY = re.compile(r"transformers(\.\w+)*")
@@ -37,6 +40,10 @@ def take_apart(value: Any) -> Apart | None:
         return Apart(_TUPLE, list(value)) if value.native is tuple else take_apart(as_native(value))
     if isinstance(value, tuple) and cls.__module__ == "torch.return_types":
         return Apart(_RETURNED + cls.__name__, list(value))
+    if isinstance(value, Cache):
+        return Apart(_RECORD, cache_parts(value))
+    if isinstance(value, RowsError):  # what a cache has where an invoke has no part of a value
+        return Apart(_REFUSED, [str(value)])
     if cls.__module__.startswith("transformers."):
         return _take_library_apart(value)
     return None
@@ -73,6 +80,10 @@ def put_together(kind: str, parts: Any) -> Any:
         return getattr(torch.return_types, kind.removeprefix(_RETURNED))(parts)
     if kind == _CACHE:
         return _cache(parts)
+    if kind == _RECORD and isinstance(parts, dict):
+        return cache_of(parts)
+    if kind == _REFUSED:
+        return RowsError(str(parts[0]))
     if kind == _ENCODING and isinstance(parts, dict):
         from transformers import BatchEncoding
 

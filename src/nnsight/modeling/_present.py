@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import re
 from collections.abc import Callable
 from typing import Any
 
@@ -10,7 +11,8 @@ import torch
 from torch.nn import Module
 
 from ..envoy import present_plainly
-from ._hidden import returns_tuple, show_block_output, take_block_output
+from ..errors import EditError
+from ._hidden import beside_hidden, returns_tuple, show_block_output, take_block_output
 from ._outputs import show_causal_output
 
 
@@ -47,8 +49,20 @@ def accept(module: Module, current: Any, assigned: Any) -> Any:
 
 def stand_in(module: Module, value: Any) -> Any:
     """What a skipped module returns when a block says it is `value`."""
-    native = returns_tuple(type(module)) if is_block(module) else None
-    return value if native is None else take_block_output((None,) if native else _NO_TENSOR, value)
+    kind = type(module)
+    native = returns_tuple(kind) if is_block(module) else None
+    if native is None:
+        return value
+    beside = beside_hidden(kind) if native and isinstance(value, torch.Tensor) else ()
+    if not all(_UNUSED.search(name) for name in beside):
+        returned = ", ".join(("hidden_states", *beside))
+        raise EditError(_BESIDE.format(kind=kind.__name__, returned=returned))
+    return take_block_output((None, *(None for _ in beside)) if native else _NO_TENSOR, value)
 
 
 _NO_TENSOR = torch.empty(0)
+_UNUSED = re.compile("attn_weights|attentions?$|att_matrix|^None$")  # nothing of the model's is computed with these
+
+_BESIDE = """\
+{kind} returns ({returned}), and the layers that follow use all of it: skip it with the whole, \
+.skip((hidden, ...)), where the rest may be that of an earlier layer, .output[1]."""

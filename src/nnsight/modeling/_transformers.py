@@ -11,17 +11,16 @@ from torch.nn import Module
 
 from .._core import RESULT, Call, Override, Probe
 from ..envoy import Envoy
-from ..errors import NoInputError
+from ..errors import InputError, NoInputError
 from ..trace import Given, Prepared, Tracer
-from ._adapters import set_merged
-from ._base import NO_INPUT, NNsight
+from ._adapters import set_merged, unwrapped
+from ._base import NO_INPUT, NNsight, check_block
 from ._elsewhere import open_elsewhere
 from ._encodings import MASKS, Encoded, join
 from ._experts import gathered_experts
-from ._generation import GENERATED, TOKEN, Generator, generate
-from ._loading import Source
+from ._generation import GENERATED, TOKEN, Generator, generate, stepper_of
+from ._loading import Source, refuse_options
 from ._needs import Needs
-from ._offload import without_offload
 from ._pattern import PatternOnDemand
 from ._present import Presenter, accept, stand_in
 from ._probe import choose_rows, select_rows, two_steps
@@ -119,12 +118,13 @@ class TransformersModel(NNsight):
         self._processor = processor
         self._has_own_processor = processor is not None
         if isinstance(model, Module):
+            refuse_options({**options, "task": task} if task else options)
             super().__init__(model, rename=rename, envoys=envoys)
         else:
             self._source = Source(str(model), classes_for(task, auto_class), options)
             super().__init__(self._source.build_empty(), rename=rename, envoys=envoys)
         tree = self._tree
-        tree.present = Presenter(self._module)
+        self._describe()
         tree.plain_tensors = False
         tree.accept = accept
         tree.stand_in = stand_in
@@ -135,7 +135,14 @@ class TransformersModel(NNsight):
 
     @property
     def processor(self) -> Any:
-        """What makes tensors of text, images or audio; loaded when first asked for."""
+        """What makes tensors of text, images or audio; loaded when first asked for.
+
+        Example:
+            >>> from nnsight import LanguageModel
+            >>> model = LanguageModel("nnsight/landmarks")
+            >>> model.processor("The capital of France is")["input_ids"]
+            [304, 360, 296, 570, 283]
+        """
         if self._processor is None and self._source is not None:
             self._processor = self._source.load_processor(self._processor_class)
         return self._processor
@@ -147,18 +154,36 @@ class TransformersModel(NNsight):
 
     @property
     def tokenizer(self) -> Any:
-        """The processor's tokenizer, None where it has none."""
+        """The processor's tokenizer, None where it has none.
+
+        Example:
+            >>> from nnsight import TransformersModel
+            >>> model = TransformersModel("nnsight/landmarks")
+            >>> model.tokenizer.decode([570, 283])
+            ' France is'
+        """
         return part_of(self.processor, "text")
 
     def dispatch(self: Kind) -> Kind:
-        """Load the weights, if they are not there yet; envoys taken before stay valid."""
+        """Load the weights, if they are not there yet; envoys taken before stay valid.
+
+        Example:
+            >>> from nnsight import LanguageModel
+            >>> model = LanguageModel("nnsight/landmarks")
+            >>> head = model.lm_head
+            >>> head.weight.device, model.dispatch().lm_head is head, head.weight.device
+            (device(type='meta'), True, device(type='cpu'))
+        """
         if not self.dispatched:
             assert self._source is not None
-            self._rebind(self._source.load())
-            self._tree.rebind(self._module)
-            self._tree.present = Presenter(self._module)
-            self.dispatched = True
+            self._take(self._source.load())
+            self._describe()
         return self
+
+    def _describe(self) -> None:
+        """Tell the tree what is to be known of the module."""
+        self._tree.present = Presenter(self._module)
+        self._tree.stepper = stepper_of(self._module)
 
     def merge_adapter(self: Kind) -> Kind:
         """Add the weights of the adapters (PEFT) to the layers that they adapt; their own layers do not run any more.
@@ -181,11 +206,30 @@ class TransformersModel(NNsight):
         return self
 
     def unmerge_adapter(self: Kind) -> Kind:
-        """Undo `merge_adapter`."""
+        """Undo `merge_adapter`.
+
+        Example:
+            >>> import peft, torch, transformers
+            >>> from nnsight import LanguageModel
+            >>> net = transformers.GPT2LMHeadModel(transformers.GPT2Config(n_layer=1, n_embd=8, n_head=2))
+            >>> lora = peft.LoraConfig(r=2, target_modules=["c_attn"], fan_in_fan_out=True)
+            >>> model = LanguageModel(peft.get_peft_model(net.eval(), lora))
+            >>> weight = model.base_model.model.transformer.h[0].attn.c_attn.base_layer.weight
+            >>> before = weight.clone()
+            >>> model.merge_adapter().unmerge_adapter() is model, torch.allclose(weight, before)
+            (True, True)
+        """
         set_merged(self.dispatch()._module, False)
         return self
 
-    def trace(self, *inputs: Any, trace: bool = True, strict_order: bool = False, **kwargs: Any) -> Any:
+    def trace(
+        self,
+        *inputs: Any,
+        trace: bool = True,
+        strict_order: bool = False,
+        stop_after_last: bool = False,
+        **kwargs: Any,
+    ) -> Any:
         """Run the model once, with a block that reads and changes what happens inside.
 
         Example:
@@ -205,6 +249,9 @@ class TransformersModel(NNsight):
                 stand. An input of several sorts is named (`text=..., images=...`) or given side by side.
             trace: False calls the model plainly and returns its output.
             strict_order: Make reading a place that has passed an error; otherwise a second forward pass serves it.
+            stop_after_last: End the forward once the block's last request was served: what comes after is not run. The
+                blocks of all invokes are waited for, and the modules named in `tracer.cache(modules=...)`; stored edits count
+                up to there. A request for the result (`tracer.result`, `model.output`) is one for the whole forward.
             **kwargs: Keyword arguments of the forward (`pixel_values=…`, `labels=…`), or options of the processor:
                 `add_special_tokens`, `truncation`, `max_length`, `add_generation_prompt`, `sampling_rate` (in Hz; by
                 default the one that the model was trained on).
@@ -216,13 +263,21 @@ class TransformersModel(NNsight):
             NoInputError: The model was given no input.
             InputError: The input is nothing that the model takes, or several inputs do not make a batch.
         """
-        elsewhere = open_elsewhere(self, "trace", inputs, kwargs, strict_order=strict_order)
+        elsewhere = open_elsewhere(self, "trace", inputs, kwargs, strict_order, stop_after_last)
         if elsewhere is not None:
             return elsewhere
         self.dispatch()
-        return super().trace(*inputs, trace=trace, strict_order=strict_order, **kwargs)
+        options = {"strict_order": strict_order, "stop_after_last": stop_after_last}
+        return super().trace(*inputs, trace=trace, **options, **kwargs)
 
-    def generate(self, *inputs: Any, trace: bool = True, strict_order: bool = False, **kwargs: Any) -> Any:
+    def generate(
+        self,
+        *inputs: Any,
+        trace: bool = True,
+        strict_order: bool = False,
+        stop_after_last: bool = False,
+        **kwargs: Any,
+    ) -> Any:
         """Generate from inputs, with a block that reads and changes what happens at each step.
 
         What the block asks for is of the first step, unless it iterates (`tracer.iter`, `tracer.all()`,
@@ -241,23 +296,32 @@ class TransformersModel(NNsight):
             *inputs: As for `trace`.
             trace: False generates plainly and returns what `generate` of transformers returns.
             strict_order: As for `trace`.
+            stop_after_last: End the generation once the block's last request was served, in the middle of a step if need be; a
+                request for what was generated (`model.generator.output`, `tracer.result`), or any `tracer.cache()`, is one
+                for all of it.
             **kwargs: Any option of transformers' `generate`: `max_new_tokens`, `do_sample`, `num_beams`, …; and
                 `remote=True` and what goes with it, as for `trace`.
 
         Returns:
             A `Tracer`, or with `trace=False` the token ids `[batch, prompt + new tokens]`.
         """
-        elsewhere = open_elsewhere(self, "generate", inputs, kwargs, strict_order=strict_order)
+        elsewhere = open_elsewhere(self, "generate", inputs, kwargs, strict_order, stop_after_last)
         if elsewhere is not None:
             return elsewhere
         given = self._take_given(inputs, kwargs)
         if given is None:
-            collected = Tracer.current(self._tree)
+            collected = Tracer._current(self._tree)
             if collected is not None:
-                collected.prepare_with(lambda givens: self._prepare_generation(givens, kwargs))
+                if stop_after_last:
+                    raise InputError(
+                        "This call generates for the invokes of the trace around it, and asks for the result: "
+                        "stop_after_last=True belongs to a generation with a block of its own."
+                    )
+                collected._prepare_with(lambda givens: self._prepare_generation(givens, kwargs))
                 return collected.result
         self.dispatch()
         if not trace:
+            check_block(stop_after_last)
             return self._prepare_generation([given] if given else [], kwargs).call()
         return Tracer(
             self._tree,
@@ -265,15 +329,26 @@ class TransformersModel(NNsight):
             given,
             edits=self._edits,
             strict_order=strict_order,
+            stop_after_last=stop_after_last,
         )
 
     @property
     def generator(self) -> Generator:
-        """The generation as a whole: `generator.output`, and `generator.streamer.output` token by token."""
+        """The generation as a whole: `generator.output`, and `generator.streamer.output` token by token.
+
+        Example:
+            >>> from nnsight import LanguageModel
+            >>> model = LanguageModel("nnsight/landmarks")
+            >>> with model.generate("The Eiffel Tower is in", max_new_tokens=3) as tracer:
+            ...     tokens = [model.generator.streamer.output for step in tracer.iter[:]]
+            ...     ids = model.generator.output.save()
+            >>> [int(token) for token in tokens] == ids[0, -3:].tolist()
+            True
+        """
         return Generator(self._tree)
 
     def _scan_overrides(self) -> dict[Module, Override]:
-        return {**without_offload(self._module), **gathered_experts(self._module)}
+        return {**super()._scan_overrides(), **gathered_experts(self._module)}
 
     # --- inputs ----------------------------------------------------------------------------------------------
 
@@ -301,7 +376,8 @@ class TransformersModel(NNsight):
         needs, inputs = self._needs(), batch.inputs
         if needs.main == "input_ids" and "input_ids" in inputs:
             inputs.setdefault("attention_mask", torch.ones_like(inputs["input_ids"]))
-        kwargs.setdefault("pad_token_id", needs.pad_id)
+        if stepper_of(self._module) is unwrapped(self._module):  # else what generates inside is given its own
+            kwargs.setdefault("pad_token_id", needs.pad_id)
         call = Call(
             generate,
             (),

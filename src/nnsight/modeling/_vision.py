@@ -26,7 +26,7 @@ class VisionLanguageModel(TransformersModel):
         >>> sizes = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2, "num_attention_heads": 4}
         >>> vision = transformers.CLIPVisionConfig(**sizes, image_size=16, patch_size=8)
         >>> text = transformers.LlamaConfig(**sizes, vocab_size=100)
-        >>> config = transformers.LlavaConfig(vision, text, image_token_id=99)
+        >>> config = transformers.LlavaConfig(vision_config=vision, text_config=text, image_token_id=99)
         >>> model = VisionLanguageModel(transformers.LlavaForConditionalGeneration(config).eval())
         >>> encoding = {"input_ids": [[1, 99, 99, 99, 99, 5]], "pixel_values": torch.rand(1, 3, 16, 16)}
         >>> with model.trace(encoding):

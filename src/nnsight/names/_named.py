@@ -92,6 +92,14 @@ class Named(Envoy):
     def names(self) -> Vocabulary:
         """The vocabulary itself, for names that the model's own attributes, or `rename`, take.
 
+        Example:
+            >>> from nnsight import LanguageModel
+            >>> model = LanguageModel("nnsight/landmarks")
+            >>> with model.trace("The capital of France is"):
+            ...     stream = model.names.resid_post[5].save()
+            >>> stream.shape
+            torch.Size([1, 5, 128])
+
         Raises:
             NamesError: The family of this model is unknown.
         """

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import operator
 from collections.abc import Iterator, Sequence
 from typing import TYPE_CHECKING, Any
 
@@ -10,7 +11,7 @@ from torch.nn import Module
 
 from .._core import OperationPlace
 from ..envoy import Envoy
-from ..errors import NamesError
+from ..errors import InputError, NamesError, NoLayerError
 from ._access import Access
 from ._accesses import make_access, names_of
 from ._family import Family
@@ -141,9 +142,16 @@ class Stack:
     def number(self, index: int) -> int:
         """The number of the layer that `index` names, counted from the last one where it is negative."""
         count = len(self)
-        if not -count <= index < count:
-            raise IndexError(f"{self.path} has {count} layers; there is none at index {index}.")
-        return index % count
+        try:
+            number = operator.index(index)
+        except TypeError:
+            raise InputError(f"A layer is named by its number, 0 to {count - 1}, not by {index!r}.") from None
+        if not -count <= number < count:
+            raise NoLayerError(
+                f"{self.path} has {count} layers; there is none at index {number}: they are 0 to {count - 1}, or -1 to "
+                f"-{count} from the last one."
+            )
+        return number % count
 
     def __len__(self) -> int:
         return len(self._blocks())

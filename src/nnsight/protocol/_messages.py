@@ -37,7 +37,7 @@ class BlockText(Message):
     names_global: list[str]
 
 
-class BoundBlock(Message):
+class BoundBlock(Message, tag="block"):
     """A block with the variables it sees: those of its function, unbound ones without a value, and its globals."""
 
     block: BlockText
@@ -72,10 +72,16 @@ class ModuleText(Message):
     source: str
 
 
+class StoredIntervention(Message, tag="intervention"):
+    """An intervention as data, an object with `prepare`."""
+
+    value: Value
+
+
 class ModelState(Message):
     """A model object that the block names: the served model with these edits and names."""
 
-    edits: list[BoundBlock] = []
+    edits: list[BoundBlock | StoredIntervention] = []
     rename: dict[str, str] | None = None
 
 
@@ -100,6 +106,7 @@ class Job(Message, tag="job"):
     strict_order: bool = False
     seed: int = 0
     timeout: float = 600.0
+    solo: bool = False
 
 
 class Line(Message):
@@ -155,6 +162,13 @@ class Event(Message):
     line: int = 0
 
 
+class Shared(Message):
+    """What jobs that were run together have left, each by itself; None where it must be run alone."""
+
+    answers: list[bytes | None]
+    events: list[list[Event]]
+
+
 class JobState(Message):
     """Where a job stands, and its events after the ones the client has."""
 
@@ -164,6 +178,23 @@ class JobState(Message):
     events: list[Event]
     next_event: int
     error: Failure | None = None
+
+
+class JobSummary(Message):
+    """One of a user's jobs in a list; times are seconds since 1970."""
+
+    id: str
+    model: str
+    status: Status
+    position: int
+    created: float
+    ended: float | None
+
+
+class JobList(Message):
+    """The jobs of a user."""
+
+    jobs: list[JobSummary]
 
 
 class Versions(Message):
@@ -177,12 +208,25 @@ class Versions(Message):
 
 
 class ModelInfo(Message):
-    """A served model: whether a replica of it can take jobs, and how many wait for it."""
+    """A served model: whether a replica of it can take jobs, how many jobs wait for it and run on it.
+
+    `failure` says that it is not there, and to administrators why.
+    """
 
     name: str
     revision: str | None
     running: bool
     queued: int
+    active: int = 0
+    replicas: int = 1
+    ready: int = 0
+    failure: str | None = None
+
+
+class ModelOrder(Message):
+    """A model to serve: its name, with @revision where one is meant."""
+
+    model: str
 
 
 class ServerInfo(Message):
@@ -192,6 +236,7 @@ class ServerInfo(Message):
     models: list[ModelInfo]
     trusted: bool
     limits: dict[str, int]
+    started: float = 0.0
 
 
 class Person(Message):

@@ -85,6 +85,14 @@ class EnvoyNode(Node, frozen=True, tag="envoy"):
     attribute: str = ""
 
 
+class SiteNode(Node, frozen=True, tag="site"):
+    """A value of the vocabulary of the job's first model; see `names.Site`."""
+
+    name: str
+    layer: int | None
+    stack: str
+
+
 class ImportNode(Node, frozen=True, tag="import"):
     """A module, or an object in it, that the server imports by name."""
 
@@ -129,6 +137,7 @@ Nodes = Union[  # noqa: UP007  msgspec reads it
     PartsNode,
     LostNode,
     EnvoyNode,
+    SiteNode,
     ImportNode,
     DefinitionNode,
     ModuleNode,

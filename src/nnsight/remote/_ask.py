@@ -28,7 +28,7 @@ def status() -> ServerInfo:
     Raises:
         RemoteError: No server is set, or it cannot be reached.
     """
-    return _ask("/v1/status", ServerInfo)
+    return ask("/v1/status", ServerInfo)
 
 
 def is_model_running(name: str) -> bool:
@@ -63,7 +63,7 @@ def whoami() -> str:
     Raises:
         RemoteError: No server is set, it cannot be reached, or it does not know the key.
     """
-    return _ask("/v1/whoami", Person).name
+    return ask("/v1/whoami", Person).name
 
 
 def compare() -> dict[str, tuple[str, str]]:
@@ -82,9 +82,19 @@ def compare() -> dict[str, tuple[str, str]]:
     return {name: (str(here[name]), str(there[name])) for name in here}
 
 
-def _ask(path: str, kind: type[T]) -> T:
-    body: Any = _loop.start(connection().request("GET", path)).result(_LONGEST)
+def ask(path: str, kind: type[T]) -> T:
+    """The server's answer to a question.
+
+    Raises:
+        ServerError: The server refuses, or its answer cannot be read.
+    """
     try:
-        return msgspec.json.decode(body, type=kind)
+        return msgspec.json.decode(order("GET", path), type=kind)
     except msgspec.MsgspecError as error:
         raise ServerError(f"The server's answer cannot be read: {error}") from error
+
+
+def order(method: str, path: str, **options: Any) -> bytes:
+    """Have the server do something; what it says to that."""
+    found: Any = _loop.start(connection().request(method, path, **options)).result(_LONGEST)
+    return found

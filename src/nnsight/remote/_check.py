@@ -8,7 +8,7 @@ import linecache
 import os
 from collections.abc import Iterator
 
-from .._capture import Block
+from .._capture import Block, IdentityCache, parse
 from ..errors import NotSavedError
 
 _SCOPES = (ast.FunctionDef, ast.AsyncFunctionDef, ast.ClassDef, ast.Lambda)
@@ -21,16 +21,26 @@ def check_saved(block: Block) -> None:
     Raises:
         NotSavedError: With the lines of both places.
     """
+    problem = _checked.get(block)
+    if problem is None:
+        problem = _problem(block)
+        _checked.put(block, problem)
+    if problem:
+        raise NotSavedError(problem)
+
+
+_checked: IdentityCache[Block, str] = IdentityCache(256)
+
+
+def _problem(block: Block) -> str:
+    """What is wrong with a block, empty where nothing is."""
     around = _statements_after(block)
-    if around is None:
-        return
-    bound = _bound_plainly(block)
+    bound = _bound_plainly(block) if around is not None else {}
     for name in sorted(bound, key=lambda name: bound[name]):
-        line = _used(around, name)
+        line = _used(around or [], name)
         if line is not None:
-            raise NotSavedError(
-                _MESSAGE.format(name=name, line=bound[name], file=os.path.basename(block.filename), later=line)
-            )
+            return _MESSAGE.format(name=name, line=bound[name], file=os.path.basename(block.filename), later=line)
+    return ""
 
 
 _MESSAGE = """\
@@ -114,7 +124,7 @@ def _statements_after(block: Block) -> list[ast.stmt] | None:
     """What follows the with-statement in its function or module, in the order it runs; None where that is not known."""
     lines = linecache.getlines(block.filename)
     try:
-        tree = ast.parse("".join(lines))
+        tree = parse("".join(lines))
     except SyntaxError:
         return None
     path = _path_to(tree, block.line)

@@ -16,7 +16,7 @@ from pathlib import Path
 from types import CodeType, FunctionType, ModuleType
 from typing import Any, NamedTuple
 
-from .._capture import names_of
+from .._capture import names_of, parse
 from ..errors import TravelError
 
 
@@ -81,7 +81,7 @@ def source_of(definition: FunctionType | type) -> Source:
 
 def _parsed(text: str, name: str) -> list[ast.stmt]:
     try:
-        return ast.parse(text).body
+        return parse(text).body
     except SyntaxError as error:
         raise TravelError(f"{name!r} cannot travel: its source cannot be read ({error.msg}).") from error
 
@@ -92,7 +92,7 @@ def _lambda_text(function: FunctionType, lines: list[str], first: int) -> tuple[
     tree = None
     for candidate in (text, text.strip().rstrip(",")):
         try:
-            tree = ast.parse(candidate)
+            tree = parse(candidate)
             break
         except SyntaxError:
             continue

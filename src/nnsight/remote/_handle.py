@@ -21,6 +21,7 @@ from . import _loop
 from ._progress import Progress
 from ._transport import Connection
 
+_FIRST_WAIT = 0.5  # seconds that the server may take to end a job before it says that it has it
 _POLL = 20  # seconds that the server may hold a question back until there is news
 _state = msgspec.json.Decoder(JobState)
 
@@ -43,6 +44,7 @@ class RemoteJob:
         self._progress = Progress()
         self._outcome: Any = None
         self._made = False
+        self._to_end = False
         self._future: Future[bytes] = _loop.start(self._run(frame))
 
     @property
@@ -57,6 +59,7 @@ class RemoteJob:
 
     def cancel(self) -> None:
         """End the job; `result()` raises `JobCancelledError` then, unless it was done already."""
+        self._to_end = True  # where the server is still being told of it
         if self._state is not None and self._state.status not in ENDED:
             _loop.start(self._connection.request("DELETE", f"/v1/jobs/{self._state.id}")).result(30)
 
@@ -122,7 +125,10 @@ class RemoteJob:
 
     async def _watch(self, frame: bytes) -> bytes:
         headers = {"Idempotency-Key": uuid.uuid4().hex, "Content-Type": "application/octet-stream"}
-        state = self._note(await self._connection.request("POST", "/v1/jobs", content=frame, headers=headers))
+        where = f"/v1/jobs?wait={_FIRST_WAIT}" if self._events is not None else "/v1/jobs"
+        state = self._note(await self._connection.request("POST", where, content=frame, headers=headers))
+        if self._to_end:
+            await self._connection.request("DELETE", f"/v1/jobs/{state.id}")
         while state.status not in ENDED:
             where = f"/v1/jobs/{state.id}?after={state.next_event}&known={state.status}&wait={_POLL}"
             state = self._note(await self._connection.request("GET", where))

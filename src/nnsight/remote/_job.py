@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import builtins
+import dataclasses
 import inspect
 from collections.abc import Mapping, Sequence
 from types import BuiltinFunctionType, FunctionType, MethodType, ModuleType
@@ -15,6 +16,7 @@ from .._capture import Block, Scope
 from ..envoy import Envoy
 from ..errors import TravelError
 from ..modeling import NNsight
+from ..names import Site
 from ..protocol import (
     VERSION,
     BlockText,
@@ -31,6 +33,8 @@ from ..protocol import (
     ModuleText,
     Namespace,
     Node,
+    SiteNode,
+    StoredIntervention,
     write_frame,
 )
 from ..trace import Edit
@@ -60,6 +64,7 @@ class Order(NamedTuple):
     kwargs: dict[str, Any]
     strict_order: bool
     timeout: float
+    solo: bool
 
 
 class JobWriter:
@@ -106,6 +111,7 @@ class JobWriter:
             strict_order=order.strict_order,
             seed=int(torch.randint(2**62, ()).item()),
             timeout=order.timeout,
+            solo=order.solo,
         )
         frame = write_frame(job, self._encoder.tensors)
         return Written(frame, self._encoder.containers, self._encoder.tensors.sources, self._definitions)
@@ -152,6 +158,8 @@ class JobWriter:
     def _extend(self, encoder: Encoder, value: Any) -> Node | None:
         if isinstance(value, Envoy):
             return self._envoy(value)
+        if isinstance(value, Site):
+            return self._site(value)
         if isinstance(value, ModuleType):
             return self._module(value)
         if isinstance(value, type) or callable(value):
@@ -169,6 +177,11 @@ class JobWriter:
             raise TravelError(f"{envoy.path} cannot travel: it belongs to another model than the one that is traced.")
         return EnvoyNode(0, envoy.path.removeprefix("model").removeprefix("."))
 
+    def _site(self, site: Site) -> SiteNode:
+        if site.module._tree is not self._order.model._tree:
+            raise TravelError(f"{site} cannot travel: it belongs to another model than the one that is traced.")
+        return SiteNode(site.name, site.layer, site.stack)
+
     def _model(self, model: NNsight) -> int:
         number = next((i for i, known in enumerate(self._models) if known is model), None)
         if number is not None:
@@ -182,9 +195,11 @@ class JobWriter:
         state = ModelState([], model._rename)
         self._states.append(state)
         for edit in model._edits:
-            if not isinstance(edit, Edit):
-                raise TravelError(f"{edit.name} cannot travel: write it as a block, under `with model.edit():`.")
-            state.edits.append(self._bound(edit._block, edit._scope))
+            if isinstance(edit, Edit):
+                state.edits.append(self._bound(edit.block, edit.scope))
+            else:
+                value = self._encoder.encode(edit.intervention, "an intervention")
+                state.edits.append(StoredIntervention(value))
         return number
 
     def _part_of_model(self, value: Any) -> EnvoyNode | None:
@@ -236,9 +251,11 @@ class JobWriter:
         return number
 
     def _instance(self, encoder: Encoder, value: Any) -> Node | None:
-        """An object of the user's own class, or a module of PyTorch: its class and its attributes."""
+        """An object of the user's own class, a module of PyTorch, or data of nnsight: its class and its attributes."""
         cls = type(value)
-        own = not is_installed(cls.__module__)
+        own = not is_installed(cls.__module__) or (
+            cls.__module__.startswith("nnsight.") and dataclasses.is_dataclass(cls)
+        )
         if not (isinstance(value, Module) or own) or isinstance(
             value, (Mapping, Sequence, torch.Tensor, BaseException)
         ):

@@ -6,7 +6,7 @@ import weakref
 from collections.abc import Callable
 from typing import Any
 
-from ..config import CONFIG
+from ..config import CONFIG, full_address, stored_login
 from ..errors import RemoteError, TravelError
 from ..modeling import Elsewhere, LanguageModel, NNsight
 from ._job import Order
@@ -21,18 +21,19 @@ remote=True needs the address of a server:
 
     CONFIG.API.HOST = "http://127.0.0.1:8000"      # or NDIF_HOST in the environment
 
-`nnsight serve MODEL` starts one; backend="local-process" needs none."""
+`nnsight login` remembers one; `nnsight serve MODEL` starts one; backend="local-process" needs none."""
 
 
 def connection() -> Connection:
     """The connection to the server that the settings name."""
-    host, key = CONFIG.API.HOST, CONFIG.API_KEY
-    if not host:
+    login = stored_login()
+    given = CONFIG.API.HOST or login.host
+    if not given:
         raise RemoteError(NO_HOST)
-    if "://" not in host:
-        host = f"https://{host}"
+    host = full_address(given)
+    key = CONFIG.API_KEY or (login.key if host == login.host else None)  # a key is for the server it was made on
     if (host, key) not in _connections:
-        _connections[host, key] = Connection(host.rstrip("/"), key)
+        _connections[host, key] = Connection(host, key)
     return _connections[host, key]
 
 
@@ -57,7 +58,7 @@ def open_remote(
         key, revision = "embedded", None
     else:
         found, (key, revision) = connection(), _key(model)
-    order = Order(model, key, revision, method, args, kwargs, strict_order, elsewhere.timeout)
+    order = Order(model, key, revision, method, args, kwargs, strict_order, elsewhere.timeout, elsewhere.solo)
     return RemoteTracer(found, order, blocking=elsewhere.blocking)
 
 

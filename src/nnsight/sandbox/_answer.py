@@ -11,6 +11,7 @@ from .._capture import Block, Scope
 from ..errors import TravelError
 from ..modeling import take_apart
 from ..protocol import Answer, Change, Encoder, GivenNode, Node
+from ..trace import Cache
 
 _ABSENT: Any = object()
 _SMALL = (type(None), bool, int, float, complex, str, bytes, torch.Size, torch.dtype, torch.device)
@@ -118,7 +119,7 @@ def _same(before: tuple[Any, ...] | dict[Any, Any], now: tuple[Any, ...] | dict[
 
 def _is_saved(value: Any, known: set[int], given: Given, depth: int = 0) -> bool:
     """Whether a value was saved, or is a container of saved values and small ones, with at least one saved."""
-    if id(value) in known:
+    if id(value) in known or isinstance(value, Cache):  # a cache is there to be kept
         return True
     if depth > 20 or not isinstance(value, (list, tuple, set, frozenset, dict)) or take_apart(value) is not None:
         return given.holds(value) and depth > 0

@@ -14,9 +14,20 @@ import torch
 
 from .._capture import Block, Scope, bind
 from ..errors import NNsightError, ProtocolError
-from ..modeling import LanguageModel, NNsight
-from ..protocol import Answer, Encoder, Event, Failure, Job, TensorWriter, read_job, write_frame
-from ..trace import Edit, collecting_saves
+from ..modeling import LanguageModel, NNsight, edit_of
+from ..protocol import (
+    Answer,
+    BoundBlock,
+    Encoder,
+    Event,
+    Failure,
+    Job,
+    StoredIntervention,
+    TensorWriter,
+    read_job,
+    write_frame,
+)
+from ..trace import Edit, InterventionEdit, collecting_saves
 from ._answer import Given, write_answer
 from ._failure import describe_failure
 from ._rebuild import Files, JobReader
@@ -25,13 +36,14 @@ Emit = Callable[[Event], None]
 _PACKAGE = os.path.dirname(os.path.dirname(os.path.abspath(__file__))) + os.sep
 
 
-def execute(frame: bytes, served: NNsight, emit: Emit, *, forward_warnings: bool = True) -> bytes:
+def execute(frame: bytes, served: NNsight, emit: Emit, *, forward_warnings: bool = True, seeded: bool = True) -> bytes:
     """Run the job in a frame, and give the frame of its answer or failure.
 
     Args:
         frame: A job.
         served: The model it runs on.
         emit: Called with what the block prints and warns of.
+        seeded: Draw its random numbers from the job's own seed; a process that runs several blocks by turns cannot.
         forward_warnings: Send warnings of the block to `emit`; they stay in this process otherwise.
     """
     try:
@@ -40,9 +52,9 @@ def execute(frame: bytes, served: NNsight, emit: Emit, *, forward_warnings: bool
         return write_frame(describe_failure(error, lambda _: False))
     reader: JobReader | None = None
     try:
-        reader = JobReader(job, payload, _printer(emit))
+        reader = JobReader(job, payload, printer(emit))
         with _warnings_to(emit) if forward_warnings else nullcontext():
-            answer, tensors = _run(job, reader, served)
+            answer, tensors = _run(job, reader, served, seeded)
         return write_frame(answer, tensors)
     except BaseException as error:
         if isinstance(error, KeyboardInterrupt):
@@ -50,20 +62,39 @@ def execute(frame: bytes, served: NNsight, emit: Emit, *, forward_warnings: bool
         return write_frame(_failure(error, job, reader))
 
 
-def _run(job: Job, reader: JobReader, served: NNsight) -> tuple[Answer, TensorWriter]:
-    models = _models(job, served)
+def _run(job: Job, reader: JobReader, served: NNsight, seeded: bool) -> tuple[Answer, TensorWriter]:
+    models = models_for(job, served)
     reader.models = models
     for model, state in zip(models, job.models, strict=True):
-        model._edits = [Edit(*reader.bound(edit)) for edit in state.edits]
+        for edit in state.edits:
+            model._edits.append(_edit(edit, model, reader))
     block, scope = reader.bound(job.main)
     args = tuple(reader.decode(value) for value in job.args)
     kwargs = {name: reader.decode(value) for name, value in job.kwargs.items()}
     given = Given(reader.containers, reader.tensors)
-    with Files(reader.files), torch.random.fork_rng(devices=[]), collecting_saves() as saved:
-        torch.manual_seed(job.seed % 2**63)
+    with Files(reader.files), _random_numbers(job.seed if seeded else None), collecting_saves() as saved:
         _run_block(models[0], job, block, scope, args, kwargs)
     encoder = Encoder(given.extend, data_only=True)
     return write_answer(encoder, block, scope, saved, given), encoder.tensors
+
+
+@contextmanager
+def _random_numbers(seed: int | None) -> Iterator[None]:
+    if seed is None:
+        yield
+        return
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed % 2**63)
+        yield
+
+
+def _edit(edit: BoundBlock | StoredIntervention, model: NNsight, reader: JobReader) -> Edit | InterventionEdit:
+    if isinstance(edit, BoundBlock):
+        return Edit(*reader.bound(edit))
+    intervention = reader.decode(edit.value)
+    if not callable(getattr(intervention, "prepare", None)):
+        raise ProtocolError(f"a {type(intervention).__name__} is no intervention")
+    return edit_of(model, intervention)
 
 
 def _run_block(
@@ -84,7 +115,7 @@ def _run_block(
                 run(target)
 
 
-def _models(job: Job, served: NNsight) -> list[NNsight]:
+def models_for(job: Job, served: NNsight) -> list[NNsight]:
     """A model object for each that the block names, sharing the served one's modules."""
     if not job.models:
         raise ProtocolError("the job names no model")
@@ -106,7 +137,7 @@ def _renamed(served: NNsight, rename: dict[str, str]) -> NNsight:
     return NNsight(served._model, rename=rename)
 
 
-def _printer(emit: Emit) -> Callable[..., None]:
+def printer(emit: Emit) -> Callable[..., None]:
     def show(
         *values: Any, sep: str | None = " ", end: str | None = "\n", file: Any = None, flush: bool = False
     ) -> None:
@@ -134,7 +165,8 @@ def _warnings_to(emit: Emit) -> Iterator[None]:
 
 
 def _failure(error: BaseException, job: Job, reader: JobReader | None) -> Failure:
-    blocks = [job.main, *(edit for state in job.models for edit in state.edits)]
+    edits = [edit for state in job.models for edit in state.edits if isinstance(edit, BoundBlock)]
+    blocks = [job.main, *edits]
     files = {bound.block.filename for bound in blocks} | {text.filename for text in job.definitions}
     files |= {module.filename for module in job.modules}
 

@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import ctypes
 import os
+import signal
 import struct
 from collections.abc import Iterable
 
+_SET_DEATH_SIGNAL = 1
 _SET_DUMPABLE, _SET_SECCOMP, _SET_NO_NEW_PRIVILEGES = 4, 22, 38
 _FILTER = 2
 _CLOSE_RANGE, _LANDLOCK_CREATE, _LANDLOCK_ADD, _LANDLOCK_RESTRICT = 436, 444, 445, 446
@@ -35,7 +37,8 @@ def leave_namespaces() -> None:
 
 
 def forbid_privileges() -> None:
-    """No program started from here gains rights, and nobody looks into this process."""
+    """No program started from here gains rights, nobody looks into this process, and it dies with its parent."""
+    _prctl(_SET_DEATH_SIGNAL, signal.SIGKILL, "pdeathsig")
     _prctl(_SET_DUMPABLE, 0, "dumpable")
     _prctl(_SET_NO_NEW_PRIVILEGES, 1, "no_new_privs")
 

@@ -27,6 +27,7 @@ from ..protocol import (
     Job,
     ModuleNode,
     Node,
+    SiteNode,
     read_tensors,
 )
 
@@ -73,6 +74,8 @@ class JobReader(Decoder):
         match node:
             case EnvoyNode():
                 return self._envoy(node)
+            case SiteNode():
+                return self._model(0).site(node.name, node.layer, stack=node.stack or None)
             case ImportNode():
                 return _imported(node)
             case DefinitionNode():
@@ -93,14 +96,17 @@ class JobReader(Decoder):
         return made
 
     def _envoy(self, node: EnvoyNode) -> Envoy | Any:
-        if not 0 <= node.model < len(self.models):
-            raise ProtocolError(f"there is no model {node.model}")
-        model = self.models[node.model]
+        model = self._model(node.model)
         if node.attribute:
             if node.attribute not in ("tokenizer", "config"):
                 raise ProtocolError(f"a model has no part {node.attribute!r}")
             return getattr(model, node.attribute)
         return model.get(node.path) if node.path else model
+
+    def _model(self, number: int) -> NNsight:
+        if not 0 <= number < len(self.models):
+            raise ProtocolError(f"there is no model {number}")
+        return self.models[number]
 
     def _definition(self, index: int) -> Any:
         if index in self.definitions:

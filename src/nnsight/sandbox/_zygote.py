@@ -25,7 +25,8 @@ from ..modeling import NNsight
 from ..protocol import Event
 from ._execute import execute
 from ._jail import Allowance, confine
-from ._pipe import ANSWER, BEGUN, EVENT, FORK, JOB, KILL, PROBLEM, Pipe
+from ._pipe import ANSWER, BEGUN, EVENT, FORK, JOB, JOBS, KILL, PROBLEM, READY, Pipe
+from ._together import execute_together
 
 
 class Zygote:
@@ -47,27 +48,27 @@ class Zygote:
         gc.freeze()
         while True:
             command, descriptors = _receive_command(self._control)
-            kind, number = command[:1], int(command[1:] or b"0")
+            kind, numbers = command[:1], [int(number) for number in command[1:].split()]
             if kind == FORK and len(descriptors) == 1:
-                child = self._fork(descriptors[0], number)
+                child = self._fork(descriptors[0], Allowance(*numbers))
                 os.close(descriptors[0])
                 self._control.send(BEGUN + str(child).encode())
             elif kind == KILL:
-                self._kill(number)
+                self._kill(*numbers)
                 self._control.send(KILL)
             else:
                 for child in list(self._children):
                     self._kill(child)
                 return
 
-    def _fork(self, descriptor: int, seconds: int) -> int:
+    def _fork(self, descriptor: int, allowance: Allowance) -> int:
         child = os.fork()
         if child:
             self._children.add(child)
             return child
         try:
             self._control.close()
-            run_confined(descriptor, self._model, Allowance(seconds=seconds))
+            run_confined(descriptor, self._model, allowance)
         finally:
             os._exit(1)
 
@@ -88,9 +89,12 @@ def run_confined(descriptor: int, model: NNsight, allowance: Allowance) -> None:
     except BaseException:
         pipe.send(PROBLEM, f"a process could not be confined: {traceback.format_exc()}".encode())
         os._exit(1)
+    pipe.send(READY)
     kind, frame = pipe.receive()
     if kind == JOB:
         pipe.send(ANSWER, execute(frame, model, _sender(pipe)))
+    elif kind == JOBS:
+        pipe.send(ANSWER, execute_together(frame, model))
     os._exit(0)
 
 

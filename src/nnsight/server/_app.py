@@ -3,133 +3,207 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from contextlib import suppress
-from typing import Any, TypeVar
+from typing import Any
 
 import msgspec
 from fastapi import FastAPI, Request, Response
 from fastapi.concurrency import run_in_threadpool
+from sqlalchemy.exc import OperationalError
 
 from ..errors import NNsightError, ProtocolError
-from ..protocol import ENDED, JobState, ModelInfo, Person, Refusal, ServerInfo, read_job, versions
-from ._keys import Keys, UnknownKeyError
-from ._limits import Limits
-from ._news import News
-from ._queue import Queue, TooManyJobsError, UnknownJobError
-from ._replica import Replica
+from ..protocol import ENDED, JobState, ModelOrder, Person, Refusal
+from ._describe import describe, responses
+from ._fleet import ServedError, UnknownModelError
+from ._keys import NotAdminError, UnknownKeyError, User
+from ._monitor import log
+from ._page import HEADERS, page
+from ._queue import TooManyJobsError, TooMuchStoredError, UnknownJobError
+from ._service import Service
 
-T = TypeVar("T")
 _LONGEST_WAIT = 30.0
-_CODES: dict[type[NNsightError], int] = {
-    UnknownKeyError: 401,
-    UnknownJobError: 404,
-    TooManyJobsError: 429,
-    ProtocolError: 400,
-}
 
 
 class TooLargeError(NNsightError):
     """A body has more bytes than a job may have."""
 
 
-class UnknownModelError(NNsightError):
-    """A model that is not served here."""
+class ClosingError(NNsightError):
+    """The server is about to end."""
 
 
-_CODES |= {TooLargeError: 413, UnknownModelError: 404}
-
-
-class Service:
-    """What the routes share."""
-
-    def __init__(
-        self, queue: Queue, replicas: Sequence[Replica], keys: Keys, limits: Limits, news: News, *, trusted: bool
-    ) -> None:
-        self.queue = queue
-        self.replicas = replicas
-        self.keys = keys
-        self.limits = limits
-        self.news = news
-        self.trusted = trusted
-        self.draining = False
-
-    def info(self) -> ServerInfo:
-        """What is served."""
-        waiting = self.queue.counts()
-        models = [
-            ModelInfo(
-                name=replica.model.partition("@")[0],
-                revision=replica.model.partition("@")[2] or None,
-                running=replica.ready.is_set(),
-                queued=waiting.get(replica.model, 0),
-            )
-            for replica in self.replicas
-        ]
-        return ServerInfo(versions(), models, self.trusted, self.limits.public())
-
-    def submit(self, owner: str, idempotency: str, body: bytes) -> JobState:
-        """Take a job in."""
-        job, _ = read_job(body)
-        model = job.model if job.revision is None else f"{job.model}@{job.revision}"
-        served = [replica.model for replica in self.replicas]
-        if model not in served:
-            raise UnknownModelError(f"The model {model!r} is not served here; served are: {', '.join(served)}.")
-        if not 0 < job.timeout < float("inf"):
-            raise ProtocolError("the timeout of a job is a positive number of seconds")
-        found = self.queue.submit(owner, idempotency, model, body, job.timeout)
-        return self.queue.state(owner, found, 0)
+# The code of each refusal, and after how many seconds asking again may help.
+_CODES: dict[type[NNsightError], tuple[int, int | None]] = {
+    ProtocolError: (400, None),
+    UnknownKeyError: (401, None),
+    NotAdminError: (403, None),
+    UnknownJobError: (404, None),
+    UnknownModelError: (404, None),
+    ServedError: (409, None),
+    TooLargeError: (413, None),
+    TooMuchStoredError: (413, 30),
+    TooManyJobsError: (429, 2),
+    ClosingError: (503, 5),
+}
 
 
 def make_app(service: Service) -> FastAPI:
     """The application for a service."""
     app = FastAPI(title="nnsight", docs_url=None, redoc_url=None)
     app.state.service = service
+    app.openapi = lambda: describe(app)
+    _add_refusals(app, service)
+    _add_questions(app, service)
+    _add_jobs(app, service)
+    _add_models(app, service)
+    return app
 
-    async def owner(request: Request) -> str:
-        return await run_in_threadpool(service.keys.owner, request.headers.get("Authorization", ""))
+
+def _add_refusals(app: FastAPI, service: Service) -> None:
+    def refuse(request: Request, error: Exception, code: int, again: int | None, reason: str) -> Response:
+        service.monitor.refused(code, request.method, request.url.path, type(error).__name__)
+        return _json(Refusal(reason), code, {"Retry-After": str(again)} if again is not None else {})
 
     @app.exception_handler(NNsightError)
-    async def refuse(_request: Request, error: NNsightError) -> Response:
-        code = _CODES.get(type(error), 500)
-        headers = {"Retry-After": "2"} if code == 429 else {}
-        return _json(Refusal(str(error)), code, headers)
+    async def refused(request: Request, error: NNsightError) -> Response:
+        code, again = _CODES.get(type(error), (500, None))
+        return refuse(request, error, code, again, str(error))
 
-    @app.get("/v1/status")
-    async def status() -> Response:
-        return _json(await run_in_threadpool(service.info))
+    async def ill(request: Request, error: Exception) -> Response:
+        log.error("store out of order", extra={"error": type(error).__name__, "number": getattr(error, "errno", None)})
+        return refuse(request, error, 503, 5, "The server cannot keep its jobs at the moment.")
 
-    @app.get("/v1/whoami")
+    app.add_exception_handler(OperationalError, ill)  # the database is locked
+    app.add_exception_handler(OSError, ill)  # the disk is full
+
+
+def _user(service: Service, request: Request) -> Any:
+    return run_in_threadpool(service.keys.user, request.headers.get("Authorization", ""))
+
+
+def _add_questions(app: FastAPI, service: Service) -> None:
+    @app.get("/", include_in_schema=False)
+    async def overview() -> Response:
+        info = await run_in_threadpool(service.info, None)
+        return Response(page(info, draining=service.draining), headers=HEADERS, media_type="text/html")
+
+    @app.get("/metrics", summary="Numbers for Prometheus", responses=responses("text/plain"))
+    async def metrics() -> Response:
+        return Response(await run_in_threadpool(service.monitor.text), media_type="text/plain; version=0.0.4")
+
+    @app.get("/v1/status", summary="What is served", responses=responses("ServerInfo"))
+    async def status(request: Request) -> Response:
+        user: User | None = None
+        with suppress(UnknownKeyError):
+            user = await _user(service, request)
+        return _json(await run_in_threadpool(service.info, user))
+
+    @app.get("/v1/whoami", summary="Whose key this is", responses=responses("Person", 401))
     async def whoami(request: Request) -> Response:
-        return _json(Person(await owner(request)))
+        return _json(Person((await _user(service, request)).name))
 
-    @app.post("/v1/jobs")
-    async def submit(request: Request) -> Response:
-        user = await owner(request)
+
+def _add_jobs(app: FastAPI, service: Service) -> None:
+    @app.post(
+        "/v1/jobs",
+        status_code=202,
+        summary="Send a job",
+        description="The body is a frame of the protocol; the same Idempotency-Key is the same job. The answer comes at "
+        "once, or with `wait` when the job has ended or so many seconds have passed.",
+        responses=responses("JobState", 400, 401, 404, 413, 429, 503, code=202),
+        openapi_extra={"requestBody": {"required": True, "content": {"application/octet-stream": {}}}},
+    )
+    async def submit(request: Request, wait: float = 0.0) -> Response:
+        user = await _user(service, request)
         if service.draining:
-            return _json(Refusal("The server is shutting down."), 503, {"Retry-After": "5"})
+            raise ClosingError("The server is shutting down.")
         body = await _body(request, service.limits.body)
         key = request.headers.get("Idempotency-Key", "")
         if not 8 <= len(key) <= 200:
             raise ProtocolError("a job needs an Idempotency-Key of 8 to 200 characters")
-        return _json(await run_in_threadpool(service.submit, user, key, body), 202)
+        state = await run_in_threadpool(service.submit, user, key, body)
+        if wait > 0 and state.status not in ENDED:
+            state = await _end_of(service, user.name, state.id, min(wait, _LONGEST_WAIT))
+        return _json(state, 202)
 
-    @app.get("/v1/jobs/{job}")
+    @app.get("/v1/jobs", summary="Your jobs", responses=responses("JobList", 401))
+    async def jobs(request: Request) -> Response:
+        return _json(await run_in_threadpool(service.jobs, await _user(service, request)))
+
+    @app.get(
+        "/v1/jobs/{job}",
+        summary="Where a job of yours stands",
+        description="With `wait` seconds, the answer comes when the status is no longer `known`, or there are events.",
+        responses=responses("JobState", 401, 404),
+    )
     async def state(request: Request, job: str, after: int = 0, wait: float = 0.0, known: str = "") -> Response:
-        user = await owner(request)
-        return _json(await _next_state(service, user, job, after, known, min(wait, _LONGEST_WAIT)))
+        user = await _user(service, request)
+        return _json(await _next_state(service, user.name, job, after, known, min(wait, _LONGEST_WAIT)))
 
-    @app.get("/v1/jobs/{job}/result")
+    @app.get(
+        "/v1/jobs/{job}/result",
+        summary="What a job of yours has left",
+        responses=responses("application/octet-stream", 401, 404),
+    )
     async def result(request: Request, job: str) -> Response:
-        found = await run_in_threadpool(service.queue.answer, await owner(request), job)
+        found = await run_in_threadpool(service.queue.answer, (await _user(service, request)).name, job)
         return Response(found, media_type="application/octet-stream")
 
-    @app.delete("/v1/jobs/{job}")
+    @app.delete(
+        "/v1/jobs/{job}", status_code=204, summary="End a job of yours", responses=responses(None, 401, 404, code=204)
+    )
     async def cancel(request: Request, job: str) -> Response:
-        await run_in_threadpool(service.queue.cancel, await owner(request), job)
+        await run_in_threadpool(service.queue.cancel, (await _user(service, request)).name, job)
         return Response(status_code=204)
 
-    return app
+
+def _add_models(app: FastAPI, service: Service) -> None:
+    @app.post(
+        "/v1/models",
+        status_code=202,
+        summary="Serve another model (administrators)",
+        responses=responses("ServerInfo", 400, 401, 403, 409, code=202),
+        openapi_extra={"requestBody": {"required": True, "content": _content("ModelOrder")}},
+    )
+    async def deploy(request: Request) -> Response:
+        user = await _user(service, request)
+        order = _order(await _body(request, 10_000))
+        await run_in_threadpool(service.deploy, user, order.model)
+        return _json(await run_in_threadpool(service.info, user), 202)
+
+    @app.delete(
+        "/v1/models/{model:path}",
+        status_code=204,
+        summary="Serve a model no longer (administrators)",
+        responses=responses(None, 401, 403, 404, code=204),
+    )
+    async def evict(request: Request, model: str) -> Response:
+        await run_in_threadpool(service.evict, await _user(service, request), model)
+        return Response(status_code=204)
+
+
+def _content(name: str) -> dict[str, Any]:
+    return {"application/json": {"schema": {"$ref": f"#/components/schemas/{name}"}}}
+
+
+def _order(body: bytes) -> ModelOrder:
+    try:
+        return msgspec.json.decode(body, type=ModelOrder)
+    except msgspec.MsgspecError as error:
+        raise ProtocolError(f"the body does not name a model: {error}") from error
+
+
+async def _end_of(service: Service, owner: str, job: str, wait: float) -> JobState:
+    """The state of a job when it has ended, or as it is after `wait` seconds."""
+    deadline = asyncio.get_running_loop().time() + wait
+    while True:
+        left = deadline - asyncio.get_running_loop().time()
+        state = await _next_state(service, owner, job, 2**31, "queued", left)
+        if state.status in ENDED or left <= 0:
+            return await run_in_threadpool(service.queue.state, owner, job, 0)
+        if state.status == "running":
+            state = await _next_state(service, owner, job, 2**31, "running", left)
 
 
 async def _next_state(service: Service, owner: str, job: str, after: int, known: str, wait: float) -> JobState:
@@ -150,7 +224,7 @@ async def _next_state(service: Service, owner: str, job: str, after: int, known:
 async def _body(request: Request, limit: int) -> bytes:
     size = request.headers.get("Content-Length", "0")
     if request.headers.get("Content-Encoding", "identity") != "identity":
-        raise ProtocolError("a job is sent as it is, not compressed")
+        raise ProtocolError("a body is sent as it is, not compressed")
     body = bytearray()
     if not size.isdigit() or int(size) > limit:
         raise TooLargeError(f"A job has at most {limit} bytes here; this one has {size}.")

@@ -7,16 +7,21 @@ import weakref
 from pathlib import Path
 from typing import Any
 
+import msgspec
 from fastapi import FastAPI
 
 from ..modeling import LanguageModel, NNsight
-from ..sandbox import execute
-from ._app import Service, make_app
+from ..protocol import Shared
+from ..sandbox import execute, execute_together
+from ._app import make_app
+from ._fleet import Fleet, ServedError
 from ._keys import Keys
 from ._limits import Limits
+from ._monitor import Monitor
 from ._news import News
 from ._queue import Queue
 from ._replica import Emit, Replica
+from ._service import Service
 from ._store import Store
 
 KEY = "embedded"
@@ -24,6 +29,8 @@ KEY = "embedded"
 
 class ThreadRunner:
     """Runs blocks on the replica's own thread, on a model object that is not the user's."""
+
+    mixes_owners = True
 
     def __init__(self, model: NNsight) -> None:
         self._model = model
@@ -35,6 +42,9 @@ class ThreadRunner:
     def run(self, frame: bytes, emit: Emit) -> bytes:
         return execute(frame, self._model, emit, forward_warnings=False)
 
+    def run_together(self, frames: list[bytes]) -> Shared:
+        return msgspec.msgpack.decode(execute_together(msgspec.msgpack.encode(frames), self._model), type=Shared)
+
     def stop(self) -> None:
         """A thread cannot be ended from outside: the job runs to its end."""
 
@@ -45,11 +55,17 @@ class ThreadRunner:
 def embed(model: NNsight) -> FastAPI:
     """A server for `model` alone, which lives as long as the application that is returned."""
     folder = tempfile.TemporaryDirectory(prefix="nnsight-")
-    limits, news = Limits(), News()
+    limits, news, monitor = Limits(), News(), Monitor()
     store = Store(Path(folder.name))
-    queue = Queue(store, limits, news)
+    queue = Queue(store, limits, news, monitor)
     replica = Replica(KEY, ThreadRunner(_served(model)), queue, news, limits)
-    app = make_app(Service(queue, [replica], Keys(None), limits, news, trusted=True))
+
+    def make(name: str) -> list[Replica]:
+        if name != KEY:
+            raise ServedError("A server inside a process serves one model.")
+        return [replica]
+
+    app = make_app(Service(queue, Fleet([KEY], make, queue), Keys(None), limits, news, monitor, trusted=True))
     replica.start()
     weakref.finalize(app, _close, replica, store, folder)
     return app

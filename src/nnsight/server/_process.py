@@ -9,13 +9,15 @@ import socket
 import subprocess
 import sys
 import threading
+from collections.abc import Callable
+from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import suppress
-from typing import Any
+from typing import Any, NamedTuple
 
 import msgspec
 
-from ..protocol import Event
-from ..sandbox import ANSWER, BEGUN, EVENT, FORK, JOB, KILL, PROBLEM, READY, STOPPED, Pipe
+from ..protocol import Event, Shared
+from ..sandbox import ANSWER, BEGUN, EVENT, FORK, JOB, JOBS, KILL, PROBLEM, READY, STOPPED, Pipe
 from ._limits import Limits
 from ._replica import DiedError, Emit, NotBegunError
 
@@ -23,6 +25,8 @@ _GRACE = 1.0  # seconds that a block has to end when it is interrupted
 _LARGEST_EVENT = 4 * 2**20
 _CONTROL = 120.0  # seconds that a zygote may take to fork
 _event = msgspec.json.Decoder(Event)
+_packed = msgspec.msgpack.Encoder()
+_shared = msgspec.msgpack.Decoder(Shared)
 # What a model process is told of the environment: a forked block can read all of it.
 _NAMES = {"PATH", "HOME", "LANG", "TMPDIR", "PYTHONPATH", "LD_LIBRARY_PATH", "XDG_CACHE_HOME", "NNSIGHT_DEBUG"}
 _PREFIXES = ("LC_", "HF_HOME", "HF_HUB_", "HUGGINGFACE_HUB_CACHE", "TRANSFORMERS_", "OMP_", "MKL_", "CUDA_", "TORCH_")
@@ -77,10 +81,13 @@ class ModelProcess:
         except (EOFError, OSError) as error:
             raise DiedError(f"the process has died ({error})") from error
 
-    def _talk(self, pipe: Pipe, frame: bytes, emit: Emit) -> bytes:
+    def _talk(self, pipe: Pipe, frame: bytes, emit: Emit, kind: bytes = JOB) -> bytes:
         """Send a job, and take what comes until its answer."""
         try:
-            pipe.send(JOB, frame)
+            pipe.send(kind, frame)
+        except OSError as error:
+            raise NotBegunError(f"the process has died ({error})") from error
+        try:
             while True:
                 kind, data = self._receive(pipe)
                 if kind == EVENT and len(data) <= _LARGEST_EVENT:
@@ -98,28 +105,49 @@ def _environment() -> dict[str, str]:
     return told | {"HF_HUB_DISABLE_PROGRESS_BARS": "1"}  # a bar starts a thread, which a fork would leave behind
 
 
+def _share(run: Callable[[bytes, Emit, bytes], bytes], frames: list[bytes]) -> Shared:
+    """Have jobs run together; what comes back fits them."""
+    answer = run(_packed.encode(frames), _ignore, JOBS)
+    try:
+        shared = _shared.decode(answer)
+    except msgspec.MsgspecError as error:
+        raise DiedError(f"the process says what it cannot mean ({error})") from error
+    if len(shared.answers) != len(frames) or len(shared.events) != len(frames):
+        raise DiedError("the process answers other jobs than it was given")
+    return shared
+
+
+def _ignore(event: Event) -> None:
+    """What happens comes with the answers."""
+
+
 _SAID = {STOPPED: "the job was interrupted", PROBLEM: "the process could not be confined"}
 
 
 class TrustedRunner(ModelProcess):
     """Runs blocks in the process that holds the model."""
 
+    mixes_owners = True
+
     def __init__(self, name: str, options: dict[str, Any], limits: Limits) -> None:
         super().__init__(name, options, limits, trusted=True)
         self._idle = threading.Event()
         self._idle.set()
 
-    def run(self, frame: bytes, emit: Emit) -> bytes:
+    def run(self, frame: bytes, emit: Emit, kind: bytes = JOB) -> bytes:
         assert self._socket is not None
         self._idle.clear()
         try:
-            return self._talk(Pipe(self._socket, self._limits.answer), frame, emit)
+            return self._talk(Pipe(self._socket, self._limits.answer), frame, emit, kind)
         except DiedError as error:
             if str(error) != _SAID[STOPPED]:
                 self._kill()
             raise
         finally:
             self._idle.set()
+
+    def run_together(self, frames: list[bytes]) -> Shared:
+        return _share(self.run, frames)
 
     def stop(self) -> None:
         if self._process is None or self._idle.is_set():
@@ -130,43 +158,96 @@ class TrustedRunner(ModelProcess):
             self._kill()
 
 
+class _Forked(NamedTuple):
+    """A confined process that waits for its job."""
+
+    child: int
+    end: socket.socket
+
+
 class ConfinedRunner(ModelProcess):
-    """Has a zygote fork a confined process for each job, and talks with that one alone."""
+    """Has a zygote fork a confined process for each job, or for some of one user's, and talks with that one alone.
+
+    The next one is forked while there is nothing else to do, so that a job need not wait for it.
+    """
+
+    mixes_owners = False
 
     def __init__(self, name: str, options: dict[str, Any], limits: Limits) -> None:
         super().__init__(name, options, limits, trusted=False)
         self._control = threading.Lock()
-        self._child: int | None = None
+        self._current: _Forked | None = None
+        self._helper = ThreadPoolExecutor(1, thread_name_prefix="runners")
+        self._next: Future[_Forked] | None = None
 
-    def run(self, frame: bytes, emit: Emit) -> bytes:
-        ours, theirs = socket.socketpair()
-        with ours:
-            with theirs:
-                self._child = self._fork(theirs)
-            try:
-                return self._talk(Pipe(ours, self._limits.answer), frame, emit)
-            finally:
-                self.stop()
+    def start(self) -> None:
+        super().start()
+        if self._next is None or (self._next.done() and self._next.exception() is not None):
+            self._next = self._helper.submit(self._fork)
+
+    def run(self, frame: bytes, emit: Emit, kind: bytes = JOB) -> bytes:
+        assert self._next is not None
+        following, self._next = self._next, None
+        forked = self._current = following.result()
+        try:
+            return self._talk(Pipe(forked.end, self._limits.answer), frame, emit, kind)
+        finally:
+            self._current = None
+            self._next = self._helper.submit(self._fork)
+            self._helper.submit(self._end, forked)
+
+    def run_together(self, frames: list[bytes]) -> Shared:
+        return _share(self.run, frames)
 
     def stop(self) -> None:
+        forked = self._current
+        if forked is not None:
+            self._kill_child(forked.child)
+
+    def close(self) -> None:
+        following, self._next = self._next, None
+        super().close()  # those that it has forked die with it
+        if following is not None and not following.cancel() and following.done() and following.exception() is None:
+            following.result().end.close()
+
+    def _end(self, forked: _Forked) -> None:
+        self._kill_child(forked.child)
+        forked.end.close()
+
+    def _kill_child(self, child: int) -> None:
         with self._control:
-            child, self._child = self._child, None
-            if child is not None and self._socket is not None:
+            if self._socket is not None:
                 with suppress(OSError):
                     self._socket.send(KILL + str(child).encode())
                     self._socket.recv(64)
 
-    def _fork(self, theirs: socket.socket) -> int:
-        assert self._socket is not None
-        command = FORK + str(self._limits.seconds).encode()
+    def _fork(self) -> _Forked:
+        ours, theirs = socket.socketpair()
+        with theirs:
+            child = self._ask_for_child(theirs)
+        try:
+            kind, data = self._receive(Pipe(ours, _LARGEST_EVENT))
+        except DiedError as error:
+            ours.close()
+            raise NotBegunError(str(error)) from error
+        if kind != READY:
+            ours.close()
+            raise DiedError(data.decode(errors="replace") if kind == PROBLEM else _SAID[PROBLEM])
+        return _Forked(child, ours)
+
+    def _ask_for_child(self, theirs: socket.socket) -> int:
+        command = FORK + f"{self._limits.memory} {self._limits.seconds}".encode()
         with self._control:
+            zygote = self._socket
             try:
-                self._socket.settimeout(_CONTROL)
-                socket.send_fds(self._socket, [command], [theirs.fileno()])
-                answer = self._socket.recv(64)
+                if zygote is None:
+                    raise OSError("it was ended")
+                zygote.settimeout(_CONTROL)
+                socket.send_fds(zygote, [command], [theirs.fileno()])
+                answer = zygote.recv(64)
             except OSError as error:
                 answer = str(error).encode()
         if not answer.startswith(BEGUN):
-            self.close()
+            self._kill()  # it is started again when the next job comes
             raise NotBegunError(f"the zygote has died ({answer.decode(errors='replace')})")
         return int(answer[1:])

@@ -7,12 +7,13 @@ import uuid
 from typing import Any, NamedTuple
 
 import msgspec
-from sqlalchemy import Connection, delete, func, select, update
+from sqlalchemy import Connection, and_, delete, func, or_, select, update
 from sqlalchemy.exc import IntegrityError
 
 from ..errors import NNsightError
-from ..protocol import ENDED, Event, Failure, JobState
+from ..protocol import ENDED, Event, Failure, JobState, JobSummary
 from ._limits import Limits
+from ._monitor import Monitor
 from ._news import News
 from ._store import Store, events, jobs
 
@@ -21,6 +22,10 @@ _GONE = ("job", "answer")
 
 class TooManyJobsError(NNsightError):
     """A user has as many jobs as one may."""
+
+
+class TooMuchStoredError(NNsightError):
+    """What the server keeps for a user is as much as it keeps for one."""
 
 
 class UnknownJobError(NNsightError):
@@ -33,23 +38,37 @@ class Claim(NamedTuple):
     id: str
     frame: bytes
     seconds: float
+    owner: str = ""
+    shares: bool = False
 
 
 class Queue:
     """The jobs of one server."""
 
-    def __init__(self, store: Store, limits: Limits, news: News) -> None:
+    def __init__(self, store: Store, limits: Limits, news: News, monitor: Monitor | None = None) -> None:
         self._store = store
+        self.monitor = monitor or Monitor()
         self._limits = limits
         self._news = news
 
     # --- users -----------------------------------------------------------------------------------------------
 
-    def submit(self, owner: str, idempotency: str, model: str, frame: bytes, seconds: float) -> str:
+    def submit(
+        self,
+        owner: str,
+        idempotency: str,
+        model: str,
+        frame: bytes,
+        seconds: float,
+        *,
+        priority: int = 0,
+        shares: bool = False,
+    ) -> str:
         """Add a job, or find the one that was added with the same idempotency key.
 
         Raises:
             TooManyJobsError: The user has too many.
+            TooMuchStoredError: The user's jobs and answers have too many bytes.
         """
         with self._store.begin() as db:
             mine = jobs.c.owner == owner
@@ -59,16 +78,27 @@ class Queue:
             count = db.execute(select(func.count()).where(mine, jobs.c.status.in_(("queued", "running")))).scalar_one()
             if count >= self._limits.queued:
                 raise TooManyJobsError(f"You have {count} jobs waiting or running, which is as many as one user may.")
+            stored = db.execute(select(func.coalesce(func.sum(jobs.c.size), 0)).where(mine)).scalar_one()
+            if stored + len(frame) > self._limits.stored:
+                raise TooMuchStoredError(
+                    f"Your waiting jobs and kept answers have {stored} bytes, of at most {self._limits.stored}; answers "
+                    f"are kept for {self._limits.keep} seconds."
+                )
         job = uuid.uuid4().hex
         self._store.write(job, "job", frame)
         row = {"id": job, "owner": owner, "idempotency": idempotency, "model": model, "status": "queued"}
+        row |= {"size": len(frame), "priority": priority, "shares": int(shares)}
         times = {"created": time.time(), "seconds": min(seconds, self._limits.seconds), "attempts": 0, "stop": 0}
         try:
             with self._store.begin() as db:
                 db.execute(jobs.insert().values(**row, **times))
         except IntegrityError:  # the same request, at the same time
             self._store.remove(job, *_GONE)
-            return self.submit(owner, idempotency, model, frame, seconds)
+            return self.submit(owner, idempotency, model, frame, seconds, priority=priority, shares=shares)
+        except BaseException:
+            self._store.remove(job, *_GONE)
+            raise
+        self.monitor.submitted(job, owner, model, len(frame))
         self._news.tell_work()
         return job
 
@@ -102,9 +132,20 @@ class Queue:
         self._news.tell(job)
         self._news.tell_work()
 
-    def counts(self) -> dict[str, int]:
-        """How many jobs wait for each model."""
-        waiting = select(jobs.c.model, func.count()).where(jobs.c.status == "queued").group_by(jobs.c.model)
+    def all_of(self, owner: str) -> list[JobSummary]:
+        """The jobs of a user, the newest first."""
+        mine = select(jobs).where(jobs.c.owner == owner).order_by(jobs.c.created.desc())
+        with self._store.begin() as db:
+            rows = db.execute(mine).all()
+            ahead = [self._ahead(db, row) if row.status == "queued" else 0 for row in rows]
+        return [
+            JobSummary(row.id, row.model, row.status, position, row.created, row.ended)
+            for row, position in zip(rows, ahead, strict=True)
+        ]
+
+    def counts(self, status: str = "queued") -> dict[str, int]:
+        """How many jobs wait for each model, or have another status."""
+        waiting = select(jobs.c.model, func.count()).where(jobs.c.status == status).group_by(jobs.c.model)
         with self._store.begin() as db:
             return {row[0]: row[1] for row in db.execute(waiting)}
 
@@ -115,15 +156,20 @@ class Queue:
         return row
 
     def _ahead(self, db: Connection, row: Any) -> int:
-        before = (jobs.c.model == row.model, jobs.c.status == "queued", jobs.c.created < row.created)
-        return db.execute(select(func.count()).where(*before)).scalar_one()
+        mine = (jobs.c.model == row.model, jobs.c.status == "queued")
+        sooner = and_(jobs.c.priority == row.priority, jobs.c.created < row.created)
+        before = or_(jobs.c.priority > row.priority, sooner)
+        return db.execute(select(func.count()).where(*mine, before)).scalar_one()
 
     # --- replicas --------------------------------------------------------------------------------------------
 
     def claim(self, model: str) -> Claim | None:
-        """The next job for a model: of the user who has fewest running, and then waits longest for a turn."""
+        """The next job for a model: of the highest priority, then of the user who has fewest running, and then waits
+        longest for a turn."""
         with self._store.begin() as db:
             waiting = (jobs.c.model == model, jobs.c.status == "queued")
+            highest = db.execute(select(func.max(jobs.c.priority)).where(*waiting)).scalar()
+            waiting = (*waiting, jobs.c.priority == highest)
             first = select(jobs.c.owner, func.min(jobs.c.created)).where(*waiting).group_by(jobs.c.owner)
             owners = [tuple(row) for row in db.execute(first)]
             if not owners:
@@ -131,12 +177,33 @@ class Queue:
             owner = min(owners, key=lambda pair: (*self._use(db, pair[0]), pair[1]))[0]
             oldest = select(jobs).where(*waiting, jobs.c.owner == owner).order_by(jobs.c.created).limit(1)
             row = db.execute(oldest).one()
-            now = time.time()
-            begun = {"status": "running", "started": now, "lease": now + self._limits.lease}
-            db.execute(update(jobs).where(jobs.c.id == row.id).values(attempts=row.attempts + 1, **begun))
-            db.execute(delete(events).where(events.c.job == row.id))
+            self._begin(db, row)
+        return self._claimed(row)
+
+    def claim_beside(self, first: Claim, model: str, *, same_owner: bool) -> list[Claim]:
+        """Jobs that may share a forward with one that was claimed, those who wait longest first."""
+        if not first.shares or self._limits.together < 2:
+            return []
+        with self._store.begin() as db:
+            sharing = [jobs.c.model == model, jobs.c.status == "queued", jobs.c.shares == 1, jobs.c.attempts == 0]
+            sharing += [jobs.c.owner == first.owner] if same_owner else []
+            oldest = select(jobs).where(*sharing).order_by(jobs.c.priority.desc(), jobs.c.created)
+            rows = db.execute(oldest.limit(self._limits.together - 1)).all()
+            for row in rows:
+                self._begin(db, row)
+        return [self._claimed(row) for row in rows]
+
+    def _begin(self, db: Connection, row: Any) -> None:
+        now = time.time()
+        begun = {"status": "running", "started": now, "lease": now + self._limits.lease}
+        db.execute(update(jobs).where(jobs.c.id == row.id).values(attempts=row.attempts + 1, **begun))
+        db.execute(delete(events).where(events.c.job == row.id))
+
+    def _claimed(self, row: Any) -> Claim:
         self._news.tell(row.id)
-        return Claim(row.id, self._store.read(row.id, "job"), row.seconds)
+        self.monitor.begun(row.id, row.model, time.time() - row.created, row.attempts + 1)
+        shares = bool(row.shares) and row.attempts == 0
+        return Claim(row.id, self._store.read(row.id, "job"), row.seconds, row.owner, shares)
 
     def _use(self, db: Connection, owner: str) -> tuple[int, float]:
         mine = jobs.c.owner == owner
@@ -161,7 +228,7 @@ class Queue:
         """A job is done."""
         self._store.write(job, "answer", answer)
         with self._store.begin() as db:
-            ended = self._end(db, job, "done")
+            ended = self._end(db, job, "done", size=len(answer))
         if not ended:
             self._store.remove(job, "answer")
         self._news.tell(job)
@@ -174,6 +241,16 @@ class Queue:
         """A job that ran has been ended for its user."""
         self._end_now(job, "cancelled")
 
+    def fail_waiting(self, model: str, reason: str) -> None:
+        """No job that waits for a model will run."""
+        with self._store.begin() as db:
+            waiting = select(jobs.c.id).where(jobs.c.model == model, jobs.c.status == "queued")
+            found = list(db.execute(waiting).scalars())
+            for job in found:
+                self._end(db, job, "failed", reason)
+        for job in found:
+            self._news.tell(job)
+
     def lose(self, job: str) -> None:
         """The replica of a running job died: the job waits again, or fails after the last attempt."""
         with self._store.begin() as db:
@@ -181,12 +258,22 @@ class Queue:
         self._news.tell(job)
         self._news.tell_work()
 
-    def give_back(self, job: str) -> None:
-        """A job was not begun after all: it waits again, and that was no attempt."""
+    def give_back(self, job: str, *, alone: bool = False) -> None:
+        """A job was not begun after all: it waits again, and that was no attempt; or it is to be run alone."""
         with self._store.begin() as db:
             running = (jobs.c.id == job, jobs.c.status == "running")
-            db.execute(update(jobs).where(*running).values(status="queued", lease=None, attempts=jobs.c.attempts - 1))
+            if db.execute(select(jobs.c.stop).where(*running)).scalar():
+                self._end(db, job, "cancelled")
+            again = {"status": "queued", "lease": None, "attempts": jobs.c.attempts - 1}
+            db.execute(update(jobs).where(*running).values(**again, **({"shares": 0} if alone else {})))
+        self._news.tell(job)
         self._news.tell_work()
+
+    def recover(self) -> None:
+        """At the start of the only server: jobs that ran when the last one died wait again, or fail."""
+        with self._store.begin() as db:
+            for row in db.execute(select(jobs).where(jobs.c.status == "running")).all():
+                self._requeue(db, row)
 
     def sweep(self) -> None:
         """Requeue jobs whose replica gave no sign of life, and forget old ones."""
@@ -219,11 +306,16 @@ class Queue:
             self._end(db, job, status, reason)
         self._news.tell(job)
 
-    def _end(self, db: Connection, job: str, status: str, reason: str | None = None) -> bool:
+    def _end(self, db: Connection, job: str, status: str, reason: str | None = None, size: int = 0) -> bool:
         """End a job that has not ended; whether it had not."""
         failure = Failure("nnsight.errors", "ServerError", reason) if reason else None
         error = msgspec.json.encode(failure).decode() if failure else None
         open_ = (jobs.c.id == job, jobs.c.status.not_in(ENDED))
-        done = db.execute(update(jobs).where(*open_).values(status=status, ended=time.time(), lease=None, error=error))
+        now = time.time()
+        last = {"status": status, "ended": now, "lease": None, "error": error, "size": size}
+        ended = db.execute(update(jobs).where(*open_).values(**last)).rowcount == 1
         self._store.remove(job, "job")
-        return done.rowcount == 1
+        if ended:
+            row = db.execute(select(jobs).where(jobs.c.id == job)).one()
+            self.monitor.ended(job, row.model, status, None if row.started is None else now - row.started)
+        return ended

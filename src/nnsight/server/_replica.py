@@ -2,19 +2,18 @@
 
 from __future__ import annotations
 
-import logging
 import threading
 from typing import Protocol
 
-from ..protocol import Event
-from ..sandbox import summary
+from ..protocol import Event, Shared
 from ._limits import Limits
+from ._monitor import log
 from ._news import News
 from ._queue import Claim, Queue
 
-_log = logging.getLogger("nnsight.server")
 _BEAT = 0.25
 _CHECK = 5.0
+_LONGEST_TOGETHER = 5.0  # seconds that jobs may share a forward for
 
 
 class DiedError(Exception):
@@ -26,13 +25,22 @@ class NotBegunError(DiedError):
 
 
 class Runner(Protocol):
-    """Runs one job at a time on a model; see `_process` and `_embed`."""
+    """Runs one job at a time on a model, or several in one forward; see `_process` and `_embed`.
+
+    `mixes_owners` says whether jobs of several users may be in one process.
+    """
+
+    mixes_owners: bool
 
     def start(self) -> None:
         """Load the model, if it is not there."""
 
     def run(self, frame: bytes, emit: Emit) -> bytes:
         """The answer to a job."""
+        ...
+
+    def run_together(self, frames: list[bytes]) -> Shared:
+        """What jobs in one forward have left."""
         ...
 
     def stop(self) -> None:
@@ -82,17 +90,19 @@ class Replica:
             try:
                 self._runner.start()
                 self.failure = None
+                if not self.ready.is_set():
+                    log.info("replica ready", extra={"model": self.model})
                 self.ready.set()
                 claim = self._next()
                 if claim is not None:
-                    self._run(claim)
+                    self._run_with_others(claim)
             except DiedError as error:
                 self.ready.clear()
                 self.failure = str(error)
-                _log.error("replica of %s: %s", self.model, error)
+                log.error("replica failed", extra={"model": self.model, "reason": str(error)})
                 self._ending.wait(1.0)
             except Exception as error:  # the database was locked for too long, the disk is full
-                _log.exception("replica of %s: %s", self.model, summary(error))
+                log.error("replica out of order", extra={"model": self.model, "error": type(error).__name__})
                 self._ending.wait(1.0)
 
     def _next(self) -> Claim | None:
@@ -107,9 +117,47 @@ class Replica:
             self._queue.sweep()
         return claim
 
+    def _run_with_others(self, claim: Claim) -> None:
+        others = self._queue.claim_beside(claim, self.model, same_owner=not self._runner.mixes_owners)
+        if others:
+            self._run_together([claim, *others])
+        else:
+            self._run(claim)
+
+    def _run_together(self, claims: list[Claim]) -> None:
+        """Run jobs in one forward; those that this does not serve are to be run alone."""
+        shared, done = Shared([], []), threading.Event()
+        seconds = min(_LONGEST_TOGETHER, *(claim.seconds for claim in claims))
+        watch = _Watch([claim.id for claim in claims], seconds, self._queue, self._runner, done)
+        watch.start()
+        try:
+            shared = self._runner.run_together([claim.frame for claim in claims])
+        except DiedError as error:  # one of them was cancelled, takes long, or is fatal: alone it harms none but itself
+            log.info("forward not shared", extra={"model": self.model, "reason": watch.reason or str(error)})
+        finally:
+            done.set()
+            watch.join()
+            self._settle(claims, shared)
+
+    def _settle(self, claims: list[Claim], shared: Shared) -> None:
+        """End the jobs that were answered, and give the others back."""
+        served = 0
+        for number, claim in enumerate(claims):
+            answer = shared.answers[number] if number < len(shared.answers) else None
+            if answer is None or len(answer) > self._limits.answer:
+                self._queue.give_back(claim.id, alone=True)
+                continue
+            served += 1
+            output = _Output(claim.id, self._queue, self._limits.output)
+            for event in shared.events[number]:
+                output(event)
+            self._queue.finish(claim.id, answer)
+        if served:
+            self._queue.monitor.shared(self.model, served)
+
     def _run(self, claim: Claim) -> None:
         done = threading.Event()
-        watch = _Watch(claim, self._queue, self._runner, done)
+        watch = _Watch([claim.id], claim.seconds, self._queue, self._runner, done)
         watch.start()
         output = _Output(claim.id, self._queue, self._limits.output)
         try:
@@ -121,7 +169,7 @@ class Replica:
             raise
         except DiedError as error:
             if watch.reason is None:
-                _log.warning("job %s of %s: %s", claim.id, self.model, error)
+                log.warning("job lost", extra={"job": claim.id, "model": self.model, "reason": str(error)})
             done.set()
             watch.join()
             if watch.reason == "cancelled":
@@ -138,17 +186,22 @@ class Replica:
         watch.join()
         if len(answer) > self._limits.answer:
             self._queue.fail(claim.id, f"The saved values have {len(answer)} bytes; at most {self._limits.answer} do.")
-        else:
+            return
+        try:
             self._queue.finish(claim.id, answer)
+        except OSError as error:
+            log.error("answer not kept", extra={"job": claim.id, "error": type(error).__name__, "number": error.errno})
+            self._queue.fail(claim.id, "The server had no room for the answer.")
 
 
 class _Watch(threading.Thread):
     """Renews the lease of a job that runs, and ends it where its user or its time says so."""
 
-    def __init__(self, claim: Claim, queue: Queue, runner: Runner, done: threading.Event) -> None:
+    def __init__(self, jobs: list[str], seconds: float, queue: Queue, runner: Runner, done: threading.Event) -> None:
         super().__init__(name="watch", daemon=True)
         self.reason: str | None = None
-        self._claim = claim
+        self._jobs = jobs
+        self._seconds = seconds
         self._queue = queue
         self._runner = runner
         self._done = done
@@ -157,10 +210,11 @@ class _Watch(threading.Thread):
         beats = 0
         while not self._done.wait(_BEAT):
             beats += 1
-            if not self._queue.beat(self._claim.id):
+            wanted = [self._queue.beat(job) for job in self._jobs]
+            if not all(wanted):
                 self.reason = "cancelled"
-            elif beats * _BEAT > self._claim.seconds:
-                self.reason = f"The job ran for more than {self._claim.seconds:g} seconds, and was ended."
+            elif beats * _BEAT > self._seconds:
+                self.reason = f"The job ran for more than {self._seconds:g} seconds, and was ended."
             if self.reason is not None:
                 self._runner.stop()
                 return

@@ -4,10 +4,7 @@ from __future__ import annotations
 
 import fcntl
 import ipaddress
-import logging
 import os
-import threading
-import time
 from collections.abc import AsyncIterator, Sequence
 from contextlib import asynccontextmanager
 from pathlib import Path
@@ -19,17 +16,17 @@ from fastapi.concurrency import run_in_threadpool
 
 from ..errors import NNsightError
 from ..sandbox import missing
-from ._app import Service, make_app
+from ._app import make_app
+from ._fleet import Fleet
 from ._keys import Keys
 from ._limits import Limits
+from ._monitor import Monitor, log_to_stderr
 from ._news import News
 from ._process import ConfinedRunner, TrustedRunner
 from ._queue import Queue
 from ._replica import Replica
+from ._service import Service
 from ._store import Store
-
-_log = logging.getLogger("nnsight.server")
-_DRAIN = 60.0
 
 
 class ServeError(NNsightError):
@@ -47,6 +44,7 @@ def serve(
     data: Path | None = None,
     options: dict[str, Any] | None = None,
     limits: Limits | None = None,
+    replicas: int = 1,
 ) -> None:
     """Serve models until the process is told to end.
 
@@ -60,6 +58,7 @@ def serve(
         data: The folder of the queue and of answers.
         options: Options of `LanguageModel` for every model.
         limits: What one user may take.
+        replicas: How many processes hold each model.
 
     Raises:
         ServeError: The options do not go together.
@@ -68,12 +67,21 @@ def serve(
     limits = limits or Limits()
     folder = data or _default_folder()
     with _only_server_in(folder):
-        store, news = Store(folder), News()
-        queue = Queue(store, limits, news)
-        replicas = [_replica(model, options or {}, queue, news, limits, trusted=trusted) for model in models]
-        service = Service(queue, replicas, Keys(keys), limits, news, trusted=trusted)
+        store, news, monitor = Store(folder), News(), Monitor()
+        queue = Queue(store, limits, news, monitor)
+        queue.recover()
+
+        def make(model: str) -> list[Replica]:
+            return [
+                _replica(model, options or {}, queue, news, limits, trusted=trusted) for _ in range(max(replicas, 1))
+            ]
+
+        every = list(dict.fromkeys([*models, *store.deployed()]))
+        fleet = Fleet(every, make, queue, lambda names: store.keep_deployed(set(names) - set(models)))
+        service = Service(queue, fleet, Keys(keys), limits, news, monitor, trusted=trusted)
         app = make_app(service)
         app.router.lifespan_context = _lifespan(service)
+        log_to_stderr()
         try:
             _Server(app, host, port).run()
         finally:
@@ -140,31 +148,22 @@ class _only_server_in:
 def _lifespan(service: Service) -> Any:
     @asynccontextmanager
     async def lifespan(_app: FastAPI) -> AsyncIterator[None]:
-        for replica in service.replicas:
-            replica.start()
+        service.fleet.start()
         try:
             yield
         finally:
-            await run_in_threadpool(_end, service.replicas)
+            await run_in_threadpool(service.fleet.end)
 
     return lifespan
-
-
-def _end(replicas: Sequence[Replica]) -> None:
-    """Let running jobs end, all replicas at once; those that wait stay in the queue."""
-    deadline = time.monotonic() + _DRAIN
-    threads = [threading.Thread(target=replica.end, args=(deadline - time.monotonic(),)) for replica in replicas]
-    for thread in threads:
-        thread.start()
-    for thread in threads:
-        thread.join()
 
 
 class _Server(uvicorn.Server):
     """Says where it listens, once it does."""
 
     def __init__(self, app: FastAPI, host: str, port: int) -> None:
-        super().__init__(uvicorn.Config(app, host=host, port=port, log_level="warning", timeout_graceful_shutdown=2))
+        super().__init__(
+            uvicorn.Config(app, host=host, port=port, log_config=None, access_log=False, timeout_graceful_shutdown=2)
+        )
         self._app = app
         self._host = host
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
@@ -20,7 +20,9 @@ from sqlalchemy import (
     Text,
     UniqueConstraint,
     create_engine,
+    delete,
     event,
+    select,
 )
 
 metadata = MetaData()
@@ -40,6 +42,9 @@ jobs = Table(
     Column("attempts", Integer, nullable=False, default=0),
     Column("seconds", Float, nullable=False),
     Column("stop", Integer, nullable=False, default=0),
+    Column("priority", Integer, nullable=False, default=0),
+    Column("shares", Integer, nullable=False, default=0),  # whether it may share a forward
+    Column("size", Integer, nullable=False, default=0),  # bytes that are kept of it
     Column("error", Text),
     UniqueConstraint("owner", "idempotency"),
     Index("jobs_by_status", "status", "model"),
@@ -53,6 +58,8 @@ events = Table(
     Column("body", Text, nullable=False),
 )
 
+models = Table("models", metadata, Column("name", String(500), primary_key=True))  # deployed while the server ran
+
 
 class Store:
     """A folder with the database and the files of one server."""
@@ -61,7 +68,9 @@ class Store:
         folder.mkdir(parents=True, exist_ok=True)
         self._files = folder / "jobs"
         self._files.mkdir(exist_ok=True, mode=0o700)
-        self._engine = create_engine(f"sqlite:///{folder / 'queue.sqlite'}", connect_args={"timeout": 30})
+        self._engine = create_engine(
+            f"sqlite:///{folder / 'queue.sqlite'}", connect_args={"timeout": 30}, hide_parameters=True
+        )
         event.listen(self._engine, "connect", _prepare)
         event.listen(self._engine, "begin", _begin)
         metadata.create_all(self._engine)
@@ -71,6 +80,18 @@ class Store:
         """A transaction that nobody else writes beside."""
         with self._engine.begin() as connection:
             yield connection
+
+    def deployed(self) -> list[str]:
+        """The models that were deployed while the server ran."""
+        with self.begin() as db:
+            return list(db.execute(select(models.c.name)).scalars())
+
+    def keep_deployed(self, names: Collection[str]) -> None:
+        """Remember which models are deployed."""
+        with self.begin() as db:
+            db.execute(delete(models))
+            for name in names:
+                db.execute(models.insert().values(name=name))
 
     def close(self) -> None:
         """Let go of the database."""

@@ -15,7 +15,21 @@ import msgspec
 
 from ..modeling import LanguageModel
 from ..protocol import Event
-from ..sandbox import ANSWER, EVENT, JOB, PROBLEM, READY, STOPPED, Pipe, Zygote, execute, summary, warm
+from ..sandbox import (
+    ANSWER,
+    EVENT,
+    JOB,
+    JOBS,
+    PROBLEM,
+    READY,
+    STOPPED,
+    Pipe,
+    Zygote,
+    execute,
+    execute_together,
+    summary,
+    warm,
+)
 
 _DIE_WITH_PARENT = 1
 
@@ -62,14 +76,14 @@ def _serve(pipe: Pipe, model: LanguageModel) -> None:
             kind, frame = pipe.receive()
         except EOFError:
             return
-        if kind != JOB:
+        if kind not in (JOB, JOBS):
             return
-        answer = _run(frame, model, pipe, interrupts)
+        answer = _run(kind, frame, model, pipe, interrupts)
         with suppress(BrokenPipeError):
             pipe.send(STOPPED if answer is None else ANSWER, answer or b"")
 
 
-def _run(frame: bytes, model: LanguageModel, pipe: Pipe, interrupts: _Interrupts) -> bytes | None:
+def _run(kind: bytes, frame: bytes, model: LanguageModel, pipe: Pipe, interrupts: _Interrupts) -> bytes | None:
     sending = threading.Lock()
 
     def emit(event: Event) -> None:
@@ -83,7 +97,7 @@ def _run(frame: bytes, model: LanguageModel, pipe: Pipe, interrupts: _Interrupts
     try:
         interrupts.allow()
         try:
-            return execute(frame, model, emit)
+            return execute(frame, model, emit) if kind == JOB else execute_together(frame, model)
         finally:
             interrupts.forbid()
     except KeyboardInterrupt:

@@ -27,30 +27,37 @@ class Names:
     """The paths of a model's modules; a module with several paths goes by the first."""
 
     def __init__(self, root: Module, aliases: Aliases | None = None) -> None:
-        self._aliases = aliases
-        self._first: dict[str, str] = {}
+        self.aliases = aliases
+        self.first: dict[str, str] = {}
         self.children: dict[str, tuple[str, ...]] = {}
         known: dict[Module, str] = {}
         for name, module in root.named_modules(prefix=_ROOT, remove_duplicate=False):
-            self._first[name] = known.setdefault(module, name)
+            self.first[name] = known.setdefault(module, name)
             self.children[name] = tuple(module._modules)
+
+    @classmethod
+    def of(cls, first: dict[str, str], children: dict[str, tuple[str, ...]], aliases: Aliases | None) -> Names:
+        """Those of a model that is not here."""
+        names = object.__new__(cls)
+        names.first, names.children, names.aliases = first, children, aliases
+        return names
 
     def find(self, path: str) -> str:
         """The path that a module goes by, from any of its paths, with or without the leading `model.`."""
         for spelled in (path, f"{_ROOT}.{path}", self._in_own_names(path)):
-            if spelled in self._first:
-                return self._first[spelled]
-        close = difflib.get_close_matches(path, self._first, n=3) or difflib.get_close_matches(
-            f"{_ROOT}.{path}", self._first, n=3
+            if spelled in self.first:
+                return self.first[spelled]
+        close = difflib.get_close_matches(path, self.first, n=3) or difflib.get_close_matches(
+            f"{_ROOT}.{path}", self.first, n=3
         )
         hint = f" The closest are: {', '.join(close)}." if close else " Print the model to see its modules."
         raise UnknownPathError(f"The model has no module {path!r}.{hint}")
 
     def _in_own_names(self, path: str) -> str:
-        if self._aliases is None:
+        if self.aliases is None:
             return path
         below = path.removeprefix(f"{_ROOT}.")
-        found = self._aliases.resolve(below, lambda own: self.children.get(f"{_ROOT}.{own}".rstrip("."), ()))
+        found = self.aliases.resolve(below, lambda own: self.children.get(f"{_ROOT}.{own}".rstrip("."), ()))
         return f"{_ROOT}.{found}"
 
 

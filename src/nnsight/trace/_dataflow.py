@@ -38,6 +38,10 @@ class Deferred:
             block, scope, waits=waits, announces=self.block.names_bound, wait=self._wait, announce=self._announce
         )
 
+    def reads_from(self, other: Deferred) -> bool:
+        """Whether it takes a value from another block."""
+        return any(origin is other for origin in self._origins.values())
+
     def run(self) -> None:
         """Run the block; a name that it finds unbound is explained by what the other blocks do."""
         try:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from types import TracebackType
 from typing import TYPE_CHECKING, Any
 
@@ -21,14 +21,14 @@ class Edit:
     """A stored block, run at every step of every trace, with the variables of the place where it was written."""
 
     def __init__(self, block: Block, scope: Scope) -> None:
-        self._block = block
-        self._scope = scope
+        self.block = block
+        self.scope = scope
 
     def add_to(self, run: Run) -> None:
         """Give a run a worker for this edit."""
-        where = f"line {self._block.line} of {os.path.basename(self._block.filename)}"
+        where = f"line {self.block.line} of {os.path.basename(self.block.filename)}"
         worker = EditWorker(run, f"the edit at {where}")
-        body = bind(self._block, self._scope.fork(self._block))
+        body = bind(self.block, self.scope.fork(self.block))
         worker.start(lambda: _run_each_step(run, worker, body))
         run.add(worker)
 
@@ -37,6 +37,7 @@ class EditWorker(Worker):
     """The worker of a stored block, which knows what the block asked for in the first step."""
 
     __slots__ = ("_before", "_first", "_requests")
+    lasting = True
 
     def __init__(self, run: Run, label: str) -> None:
         super().__init__(run, label)
@@ -64,19 +65,37 @@ class EditWorker(Worker):
         return {place: counts.get(place, 0) for place in self._first}
 
 
-class FunctionEdit:
-    """A stored function: `begin` is called once a run, and what it returns at every step, with the step's number."""
+Begin = Callable[[], Callable[[int], None]]
 
-    def __init__(self, name: str, begin: Callable[[], Callable[[int], None]]) -> None:
-        self.name = name
-        self._begin = begin
+
+class InterventionEdit:
+    """A stored intervention, which is prepared when a run first needs it.
+
+    `prepare` gives its parts: a name, and a function that is called once a run; what that returns is called at every
+    step, with the step's number.
+    """
+
+    def __init__(self, intervention: Any, prepare: Callable[[], Iterable[tuple[str, Begin]]]) -> None:
+        self.intervention = intervention
+        self._prepare = prepare
+        self._parts: list[tuple[str, Begin]] | None = None
+
+    def prepare(self) -> list[tuple[str, Begin]]:
+        """The parts, which the first call makes."""
+        if self._parts is None:
+            self._parts = list(self._prepare())
+        return self._parts
 
     def add_to(self, run: Run) -> None:
-        """Give a run a worker for this edit."""
-        worker = EditWorker(run, self.name)
-        act = self._begin()
-        worker.start(lambda: _run_each_step(run, worker, lambda: act(worker.step or 0)))
-        run.add(worker)
+        """Give a run a worker for each part."""
+        for name, begin in self.prepare():
+            _add_part(run, name, begin())
+
+
+def _add_part(run: Run, name: str, act: Callable[[int], None]) -> None:
+    worker = EditWorker(run, name)
+    worker.start(lambda: _run_each_step(run, worker, lambda: act(worker.step or 0)))
+    run.add(worker)
 
 
 def _run_each_step(run: Run, worker: EditWorker, body: Callable[..., None]) -> None:

@@ -129,6 +129,17 @@ class Site:
         self._plain = recording.keep.is_plain
         self._detach = recording.keep.detach
 
+    @classmethod
+    def of(cls, path: str, steps: list[int], outputs: list[Any], inputs: list[Any]) -> Site:
+        """The recorder of a module that is not here, with what it has kept; nothing of a kind that it was not to keep."""
+        site = object.__new__(cls)
+        site.path, site.steps = path, steps
+        site._outputs, site._inputs = outputs or [_MISSING] * len(steps), inputs
+        site._versions, site._module, site._recording = [], None, None
+        if len(site._outputs) != len(steps) or (inputs and len(inputs) != len(steps)):
+            raise ValueError("as many values as calls belong to a module in a cache")
+        return site
+
     # --- in the model's coroutine ---------------------------------------------------------------------------
 
     def begin(self, args: tuple[Any, ...], kwargs: dict[str, Any], index: int) -> None:
@@ -171,6 +182,11 @@ class Site:
         inputs = self._inputs or [_MISSING] * len(self.steps)
         steps = [max(step, 0) for step in self.steps]
         return [CachedCall(self.path, *call) for call in zip(self._show(), inputs, steps, strict=True)]
+
+    def kept(self) -> tuple[list[Any], list[Any]]:
+        """The outputs and inputs of all calls; none where they were not to be kept."""
+        outputs = self._show()
+        return ([] if any(value is _MISSING for value in outputs) else outputs), self._inputs
 
     def has_changed(self) -> bool:
         """Whether an output was changed in place since it was recorded."""

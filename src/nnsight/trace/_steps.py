@@ -150,12 +150,20 @@ def reach_step(run: Run, worker: Worker, step: int) -> bool:
     main = run.start()
     if main.step >= step:
         return main.step == step or _raise_passed(step, main.step)
-    if main.done or step > main.last_step:
-        return False
-    if step == 0:  # what runs before it, an encoder for one, belongs to the first step
-        run.lone = False
-        return True
-    return run.wait_for_step(worker, step)
+    if not main.done and step <= main.last_step:
+        if step == 0:  # what runs before it, an encoder for one, belongs to the first step
+            run.lone = False
+            return True
+        if run.wait_for_step(worker, step):
+            return True
+    if main.step < 0:
+        raise OrderError(_UNCOUNTED.format(kind=type(run.stepper).__name__))
+    return False
+
+
+_UNCOUNTED = """\
+The steps of this generation cannot be counted: they are the calls of {kind}, and there was none (a part of the model does the \
+generating). Wrap that part, or ask for its later calls with envoy.next()."""
 
 
 def _raise_passed(step: int, now: int) -> bool:

@@ -38,7 +38,7 @@ from ._steps import Steps, StepSelector
 
 if TYPE_CHECKING:
     from ..envoy import Tree
-    from ._edit import Edit, FunctionEdit
+    from ._edit import Edit, InterventionEdit
 
 
 class Tracer:
@@ -65,19 +65,22 @@ class Tracer:
         prepare: Prepare,
         given: Given | None = None,
         *,
-        edits: Sequence[Edit | FunctionEdit] = (),
+        edits: Sequence[Edit | InterventionEdit] = (),
         strict_order: bool = False,
+        stop_after_last: bool = False,
     ) -> None:
         self._tree = tree
         self._prepare: Prepare | None = prepare
         self._edits = edits
         self._strict = strict_order
+        self._early = stop_after_last
         self._run: Run | None = None
         self._worker: Worker | None = None
         self._given = [given] if given is not None else []
         self._owners: list[Worker] = []
         self._unentered: list[tuple[Invoke, Line | None]] = []
         self._flow: Dataflow | None = None
+        self._apart: list[Dataflow] = []
         self._thread = 0
 
     def __enter__(self) -> Tracer:
@@ -86,7 +89,9 @@ class Tracer:
         tree = self._tree
         if tree.due is not None and self._computes:
             tree.due()
-        run = self._run = Run(tree.instruments, tree.stepper or tree.root, self._make_call, strict=self._strict)
+        stepper = tree.stepper or tree.root
+        run = Run(tree.instruments, stepper, self._make_call, strict=self._strict, early=self._early)
+        self._run = run
         for edit in self._edits:
             edit.add_to(run)
         worker = self._worker = Worker(run, "the body of the trace")
@@ -129,10 +134,15 @@ class Tracer:
         self._unentered.clear()
         self._owners.clear()
         self._run = self._worker = self._prepare = None
+        for flow in self._flows():
+            flow.write_back()
         if self._flow is not None:
-            self._flow.write_back()
             self._flow.close()
             self._flow = None
+        self._apart.clear()  # whoever added these reads their scopes
+
+    def _flows(self) -> list[Dataflow]:
+        return [*([self._flow] if self._flow is not None else []), *self._apart]
 
     @staticmethod
     def _current(tree: Tree) -> Tracer | None:
@@ -277,12 +287,17 @@ class Tracer:
         for _, line in self._unentered:
             raise InputError(_UNENTERED.format(line=describe_line(line)))
 
-    def _add_invoke(self, block: Block, scope: Scope, given: Given | None, frame_line: int) -> None:
+    def _add_invoke(
+        self, block: Block, scope: Scope, given: Given | None, frame_line: int, *, apart: bool = False
+    ) -> None:
+        """Add a block; one that stands `apart` neither gives values to the others nor waits for theirs."""
         run, _ = self._active("invoke()")
         worker = Worker(run, f"the invoke at line {frame_line} of {os.path.basename(block.filename)}")
-        if self._flow is None:
+        if apart:
+            self._apart.append(Dataflow())
+        elif self._flow is None:
             self._flow = Dataflow()
-        deferred = self._flow.add(block, scope, worker)
+        deferred = self._flows()[-1 if apart else 0].add(block, scope, worker)
         worker.start(deferred.run)
         run.add(worker)
         if given is not None:
@@ -290,7 +305,7 @@ class Tracer:
             self._owners.append(worker)
 
     def _deferred_of(self, worker: Worker) -> Deferred | None:
-        return self._flow.of(worker) if self._flow is not None else None
+        return next(filter(None, (flow.of(worker) for flow in self._flows())), None)
 
     def barrier(self, count: int) -> Barrier:
         """A point that `count` blocks reach before any of them goes on; each calls it.

@@ -10,12 +10,15 @@ from ._family import COMMON, Family
 EXPERTS = {"num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 24}
 
 
-def mixture(family: Family, *routers: str) -> Family:
-    """`family` with the paths of routers and experts, given in relation to its second block."""
+def mixture(family: Family, *routers: str, calls_activation: bool = True) -> Family:
+    """`family` with the paths of routers and experts, given in relation to its second block.
+
+    Tokens of all rows, sorted by expert, are seen where the experts call a module on them.
+    """
     return replace(
         family,
         routers=tuple(f"{family.blocks}.1.{path}" for path in routers),
-        refuses=("*.experts.act_fn.*",),  # tokens of all rows, sorted by expert
+        refuses=("*.experts.act_fn.*",) if calls_activation else (),
     )
 
 
@@ -59,6 +62,7 @@ MIXTURES = [
             },
         ),
         *("mlp.router", "mlp.experts"),
+        calls_activation=False,
     ),
     mixture(
         decoder(

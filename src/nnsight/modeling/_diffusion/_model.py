@@ -12,7 +12,7 @@ from ..._core import RESULT, Call, Probe
 from ...envoy import Envoy
 from ...errors import InputError, NoInputError
 from ...trace import Given, Prepared, Tracer
-from .._base import NO_INPUT, NNsight
+from .._base import NO_INPUT, NNsight, check_block
 from .._present import Presenter, accept, stand_in
 from ._inputs import Inputs, first_argument, read
 from ._pipeline import Pipeline, PipelineSource, tree_of
@@ -87,20 +87,45 @@ class DiffusionModel(NNsight):
 
     @property
     def pipeline(self) -> Any:
-        """The pipeline itself, loaded."""
+        """The pipeline itself, loaded.
+
+        Example:
+            >>> from diffusers import DDIMScheduler, DDPMPipeline, UNet2DModel
+            >>> from nnsight import DiffusionModel
+            >>> kinds = {"down_block_types": ("DownBlock2D",), "up_block_types": ("UpBlock2D",)}
+            >>> unet = UNet2DModel(sample_size=8, block_out_channels=(8,), norm_num_groups=2, **kinds)
+            >>> model = DiffusionModel(DDPMPipeline(unet, DDIMScheduler()))
+            >>> type(model.pipeline).__name__
+            'DDPMPipeline'
+        """
         return self.dispatch()._module.__dict__["_pipeline"]
 
     def dispatch(self) -> DiffusionModel:
-        """Load the weights, if they are not there yet; envoys taken before stay valid."""
+        """Load the weights, if they are not there yet; envoys taken before stay valid.
+
+        Example:
+            >>> from diffusers import DDIMScheduler, DDPMPipeline, UNet2DModel
+            >>> from nnsight import DiffusionModel
+            >>> kinds = {"down_block_types": ("DownBlock2D",), "up_block_types": ("UpBlock2D",)}
+            >>> unet = UNet2DModel(sample_size=8, block_out_channels=(8,), norm_num_groups=2, **kinds)
+            >>> model = DiffusionModel(DDPMPipeline(unet, DDIMScheduler()))
+            >>> model.dispatched, model.dispatch() is model  # a pipeline of one's own has its weights
+            (True, True)
+        """
         if not self.dispatched:
             assert self._source is not None
-            self._rebind(tree_of(self._source.load()))
-            self._tree.rebind(self._module)
+            self._take(tree_of(self._source.load()))
             self._tree.present = Presenter(self._module)
-            self.dispatched = True
         return self
 
-    def generate(self, *inputs: Any, trace: bool = True, strict_order: bool = False, **kwargs: Any) -> Any:
+    def generate(
+        self,
+        *inputs: Any,
+        trace: bool = True,
+        strict_order: bool = False,
+        stop_after_last: bool = False,
+        **kwargs: Any,
+    ) -> Any:
         """Generate images, with a block that reads and changes what happens at each denoising step.
 
         What the block asks for is of the first step, unless it iterates (`tracer.iter`, `tracer.all()`,
@@ -127,6 +152,8 @@ class DiffusionModel(NNsight):
             *inputs: A prompt, or several; what the pipeline takes first. Anything else by name.
             trace: False generates plainly and returns what the pipeline returns.
             strict_order: As for `trace`.
+            stop_after_last: End the generation once the block's last request was served, in the middle of a step if need be; a
+                request for `tracer.result`, or any `tracer.cache()`, is one for all of it.
             **kwargs: Arguments of the pipeline: `num_inference_steps`, `guidance_scale`, `height`, `output_type`, …; and
                 `seed`: the noise of an input comes from a generator with this seed, on the CPU, as with
                 `pipeline(..., generator=torch.Generator().manual_seed(seed))`. Several images of one input draw from it in
@@ -138,6 +165,7 @@ class DiffusionModel(NNsight):
         self.dispatch()
         given = self._take_given(inputs, kwargs)
         if not trace:
+            check_block(stop_after_last)
             return self._prepare([given] if given else [], kwargs).call()
         return Tracer(
             self._tree,
@@ -145,9 +173,17 @@ class DiffusionModel(NNsight):
             given,
             edits=self._edits,
             strict_order=strict_order,
+            stop_after_last=stop_after_last,
         )
 
-    def trace(self, *inputs: Any, trace: bool = True, strict_order: bool = False, **kwargs: Any) -> Any:
+    def trace(
+        self,
+        *inputs: Any,
+        trace: bool = True,
+        strict_order: bool = False,
+        stop_after_last: bool = False,
+        **kwargs: Any,
+    ) -> Any:
         """`generate` with a single denoising step, unless `num_inference_steps` says otherwise.
 
         Example:
@@ -167,18 +203,35 @@ class DiffusionModel(NNsight):
             *inputs: As for `generate`.
             trace: As for `generate`.
             strict_order: Make reading a place that has passed an error; it is one anyway, as a generation is not repeated.
+            stop_after_last: As for `generate`.
             **kwargs: As for `generate`.
 
         Returns:
             As for `generate`.
         """
-        return self.generate(*inputs, trace=trace, strict_order=strict_order, **{"num_inference_steps": 1, **kwargs})
+        options = {"strict_order": strict_order, "stop_after_last": stop_after_last, "num_inference_steps": 1, **kwargs}
+        return self.generate(*inputs, trace=trace, **options)
 
-    def scan(self, *inputs: Any, strict_order: bool = False, **kwargs: Any) -> Any:
-        """As for `NNsight`, of a single denoising step; the weights are loaded, and the result is left as latents."""
+    def scan(self, *inputs: Any, strict_order: bool = False, stop_after_last: bool = False, **kwargs: Any) -> Any:
+        """As for `NNsight`, of a single denoising step; the weights are loaded, and the result is left as latents.
+
+        Example:
+            >>> from diffusers import AutoencoderKL, DDIMScheduler, DiTPipeline, DiTTransformer2DModel
+            >>> from nnsight import DiffusionModel
+            >>> sizes = {"num_attention_heads": 2, "attention_head_dim": 8, "num_layers": 1, "sample_size": 8}
+            >>> transformer = DiTTransformer2DModel(**sizes, in_channels=4, out_channels=8, norm_num_groups=2)
+            >>> vae = AutoencoderKL(block_out_channels=(8,), norm_num_groups=2, sample_size=8)
+            >>> model = DiffusionModel(DiTPipeline(transformer, vae, DDIMScheduler()))
+            >>> model.pipeline.set_progress_bar_config(disable=True)
+            >>> with model.scan(class_labels=[3]) as tracer:
+            ...     shape = model.transformer.transformer_blocks[0].output.shape
+            ...     tracer.stop()  # this pipeline makes a picture of numpy's next, and a scan has no numbers
+            >>> shape
+            torch.Size([2, 16, 16])
+        """
         self.dispatch()
         options = {"num_inference_steps": 1, "output_type": "latent", **kwargs}
-        return super().scan(*inputs, strict_order=strict_order, **options)
+        return super().scan(*inputs, strict_order=strict_order, stop_after_last=stop_after_last, **options)
 
     def _take_given(self, inputs: tuple[Any, ...], kwargs: dict[str, Any]) -> Given | None:
         names = {"prompt", "prompt_embeds", "class_labels", "batch_size", first_argument(self.pipeline)}

@@ -1,0 +1,3 @@
+"""vLLM: blocks inside a serving engine, on the tokens of their own request."""
+
+from ._model import VLLM as VLLM

@@ -1,0 +1,44 @@
+"""WorkerExtension: what vLLM mixes into its workers (`worker_extension_cls`), called from the user's process."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from ._engine import Engine
+from ._jobs import Job
+from ._served import ServedModel
+
+
+class WorkerExtension:
+    """Methods of a worker for jobs with blocks."""
+
+    def nnsight_begin(self, number: str, frame: bytes) -> bytes:
+        """Begin a job, and say what requests it needs."""
+        engine, served, jobs = self._nnsight_parts()
+        job = jobs[number] = Job(engine, served, number, frame)
+        return job.begin()
+
+    def nnsight_go_on(self, number: str, results: list[Any]) -> bytes:
+        """Hand in the results of the requests of a job."""
+        jobs = self._nnsight_parts()[2]
+        return jobs[number].go_on(results)
+
+    def nnsight_end(self, number: str) -> None:
+        """Let go of a job."""
+        job = self._nnsight_parts()[2].pop(number, None)
+        if job is not None:
+            job.close()
+
+    def _nnsight_parts(self) -> tuple[Engine, ServedModel, dict[str, Job]]:
+        found = vars(self).get("_nnsight")
+        if found is None:
+            engine = Engine(self.model_runner)  # pyright: ignore[reportAttributeAccessIssue]
+            served = ServedModel(engine, self._nnsight_tokenizer)
+            found = self._nnsight = (engine, served, {})
+        return found
+
+    def _nnsight_tokenizer(self) -> Any:
+        from transformers import AutoTokenizer
+
+        config = self.vllm_config.model_config  # pyright: ignore[reportAttributeAccessIssue]
+        return AutoTokenizer.from_pretrained(config.tokenizer, revision=config.tokenizer_revision)

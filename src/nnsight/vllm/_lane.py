@@ -1,0 +1,168 @@
+"""Lanes: one request of the engine each, with the block that sees its tokens.
+
+A block runs as in any trace, with a pass of its own.  The model's side of that pass is not a coroutine: it is the
+engine's worker, which calls the model for many requests at once and visits each lane with its rows.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import TYPE_CHECKING, Any
+
+import torch
+from greenlet import getcurrent
+from torch.nn import Module
+
+from .._core import RESULT, Coroutine, Instruments, Pass, capture_modes, switch_modes
+from ..errors import NNsightError
+
+if TYPE_CHECKING:
+    from ._messages import Ask
+
+
+class LaneInstruments(Instruments):
+    """Nothing is replaced for a single run: the engine has done that for all of them."""
+
+    def __init__(self, root: Module) -> None:
+        super().__init__(root)
+        self.profile = {}
+
+    def install(self) -> None:
+        """Nothing to do."""
+
+    def remove(self) -> None:
+        """Nothing to do."""
+
+    def add(self, module: Module) -> bool:
+        """Every module is visible from the start."""
+        return True
+
+
+class Lane:
+    """One request; as the call of a run, it is what the run executes.
+
+    `start` and `stop` are its rows in the engine's batch while it takes part in the current step, `row` its number there.
+    """
+
+    def __init__(self, ask: Ask, hand_in: Callable[[Lane], None]) -> None:
+        self.ask = ask
+        self.result: Any = None
+        self._main: LanePass | None = None
+        self.length = self.computed = 0  # tokens of the prompt, and those that the model has seen
+        self.start = self.stop = self.row = 0
+        self._over = self._waited_for = False
+        self._hand_in = hand_in
+        self._driver: Coroutine | None = None
+
+    def __call__(self) -> Any:
+        """In the block's coroutine: run the request for a block that asks for nothing of it."""
+        self.enter()
+        while not self._over:
+            self.wait()
+        return self.result
+
+    def enter(self) -> None:
+        """In the block's coroutine: hand the request in."""
+        current = getcurrent()
+        assert isinstance(current, Coroutine)
+        self._driver = current
+        self._hand_in(self)
+
+    def wait(self) -> None:
+        """In the block's coroutine: let the engine go on until it has something for this lane."""
+        self._waited_for = True
+        try:
+            hand_over()
+        finally:
+            self._waited_for = False
+
+    def finish(self, result: Any) -> None:
+        """The engine has done the request: let the block go on to its end."""
+        self._over, self.result = True, result
+        with self.visiting():
+            if self.lives:
+                self.main.finish(result)
+            if self._driver and self._waited_for:
+                self._driver.resume()
+
+    def fail(self, error: NNsightError) -> None:
+        """End the block with an error where it stands."""
+        self._over = True
+        if self._main is not None:
+            self._main.done = True
+        if self._driver and self._waited_for:
+            with self.visiting():
+                self._driver.throw(error)
+
+    @property
+    def lives(self) -> bool:
+        """Whether the block still takes part."""
+        return self._main is not None and not self._main.done
+
+    @property
+    def main(self) -> LanePass:
+        """The pass of the block, once that has asked for something."""
+        assert self._main is not None
+        return self._main
+
+    def begin(self, main: LanePass) -> None:
+        """In the block's coroutine: `main` is what runs it."""
+        self._main = main
+
+    @contextmanager
+    def visiting(self) -> Iterator[None]:
+        """The block runs in here, in modes of its own, and comes back when it waits or ends."""
+        modes = capture_modes()
+        if self._driver:
+            self._driver.parent = getcurrent()
+        try:
+            with torch.inference_mode(False), torch.no_grad():
+                yield
+        finally:
+            switch_modes(capture_modes(), modes)
+
+
+def hand_over() -> None:
+    """Let whoever resumed the current coroutine go on; it goes on in its own modes."""
+    current, modes = getcurrent(), capture_modes()
+    assert isinstance(current, Coroutine)
+    current.hand_over()
+    switch_modes(capture_modes(), modes)
+
+
+class LanePass(Pass):
+    """A pass whose model is run by the engine."""
+
+    _entered = False
+
+    def advance(self) -> None:
+        """Let the engine go on until it visits this lane, or the request is over."""
+        lane: Lane = self._call.function  # pyright: ignore[reportFunctionMemberAccess]
+        self._driver = getcurrent()
+        if not self._entered:
+            self._entered = True
+            lane.begin(self)
+            if self._begin is not None:
+                self._begin()
+            lane.enter()
+        if not self.done:
+            lane.wait()
+
+    def finish(self, result: Any) -> None:
+        """No other step comes."""
+        self.touch(RESULT, result)
+        self.done = True
+        self.here = None
+
+    def close(self) -> None:
+        """Take no part any more."""
+        self.done = True
+        super().close()
+
+    def watch(self, module: Module) -> None:
+        """Every call is counted."""
+
+    def is_ahead(self, place: Any) -> bool:
+        """Never served by the shorter way."""
+        return False
