@@ -2,13 +2,16 @@
 
     python benchmarks/collect.py
 
-Both run the same batches in turns; the plain forward keeps nothing. Then 100,000 short prompts, and the memory meanwhile.
+Both run the same batches in turns; the plain forward keeps nothing. Then 100,000 short prompts, and the memory meanwhile;
+and the same once more, killed in the middle (SIGKILL) and taken up again, whose files must be those of the run that was not.
 """
 
 import argparse
+import hashlib
 import random
 import shutil
 import statistics
+import subprocess
 import sys
 import tempfile
 import time
@@ -69,28 +72,53 @@ def resident():
     return int(Path("/proc/self/statm").read_text().split()[1]) * 4096 / 2**20
 
 
-def memory(model, folder, count):
+def collect_many(model, to, prompts):
+    collect_activations(
+        model,
+        prompts,
+        "resid_post[2]",
+        to=to,
+        batch_tokens=BATCH_TOKENS,
+        shard_bytes=32 * 2**20,
+        progress=False,
+    )
+
+
+def short_prompts(model, count):
+    return random_prompts(count, 4, 8, model.config.vocab_size)
+
+
+def memory(model, to, count):
     """Resident memory (MiB) after each tenth of many short prompts."""
     found = []
-    prompts = random_prompts(count, 4, 8, model.config.vocab_size)
 
     def watched():
-        for i, prompt in enumerate(prompts):
+        for i, prompt in enumerate(short_prompts(model, count)):
             if i and i % (count // 10) == 0:
                 found.append(resident())
             yield prompt
 
     start = time.perf_counter()
-    collect_activations(
-        model,
-        watched(),
-        "resid_post[2]",
-        to=folder / "many",
-        batch_tokens=BATCH_TOKENS,
-        shard_bytes=32 * 2**20,
-        progress=False,
-    )
+    collect_many(model, to, watched())
     return [*found, resident()], count / (time.perf_counter() - start)
+
+
+def killed(name, to, whole, count):
+    """Shards that were there when the process was killed, and whether the files of the one after it are those of `whole`."""
+    command = [sys.executable, __file__, "--model", name, "--prompts", str(count), "--into", str(to)]
+    half = len(list(whole.glob("*.safetensors"))) // 2
+    child = subprocess.Popen(command)
+    while child.poll() is None and len(list(to.glob("*.safetensors"))) < half:
+        time.sleep(0.01)
+    child.kill()
+    assert child.wait() < 0, "the process ended before it was killed"
+    written = len(list(to.glob("*.safetensors")))
+    subprocess.run(command, check=True)
+    return written, contents(to) == contents(whole)
+
+
+def contents(folder):
+    return {path.name: hashlib.sha256(path.read_bytes()).digest() for path in folder.iterdir()}
 
 
 def main():
@@ -98,8 +126,12 @@ def main():
     parser.add_argument("--model", default="nnsight/landmarks")
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--prompts", type=int, default=100_000)
+    parser.add_argument("--into", type=Path, help=argparse.SUPPRESS)  # collect to this folder, and nothing else
     arguments = parser.parse_args()
     model = LanguageModel(arguments.model, dispatch=True)
+    if arguments.into:
+        collect_many(model, arguments.into, short_prompts(model, arguments.prompts))
+        return
     layers = len(model.layers)
     folder = Path(tempfile.mkdtemp(prefix="nnsight-collect-"))
     missed = False
@@ -114,9 +146,12 @@ def main():
             missed |= name == "last layer" and ratio < GOAL
             goal = GOAL if name == "last layer" else ""
             print(f"{name:24}{forward:14,.0f}{collected:12,.0f}{ratio:8.2f}{goal:>7}")
-        sizes, rate = memory(model, folder, arguments.prompts)
+        sizes, rate = memory(model, folder / "many", arguments.prompts)
         print(f"\n{arguments.prompts:,} prompts of 4 to 8 tokens, {rate:,.0f} a second; resident MiB after each tenth:")
         print("  " + " ".join(f"{size:.0f}" for size in sizes))
+        written, same = killed(arguments.model, folder / "killed", folder / "many", arguments.prompts)
+        print(f"killed with {written} shards written, then taken up: {'the same files' if same else 'OTHER FILES'}")
+        missed |= not same
     finally:
         shutil.rmtree(folder)
     sys.exit(missed)

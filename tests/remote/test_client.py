@@ -12,7 +12,6 @@ import torch
 import nnsight
 from nnsight import CONFIG, LanguageModel, NNsight
 from nnsight.errors import InputError, NotSavedError, RemoteError, TravelError
-from nnsight.experiments import Intervention, InterventionSpec
 
 HERE = {"backend": "local-process"}
 X = torch.ones(1, 3)
@@ -141,13 +140,6 @@ def test_a_second_model_cannot_travel(model):
     with pytest.raises(TravelError, match="one served model"):
         with model.trace(X, **HERE):
             other.weight.save()
-
-
-def test_an_intervention_kept_as_data_cannot_travel(model):
-    with model.apply(InterventionSpec(Intervention("0.output", "zero"))):
-        with pytest.raises(TravelError, match=r"'zero' at 0.output cannot travel: write it as a block"):
-            with model.trace(X, **HERE):
-                model.output.save()
 
 
 def test_functions_that_change_what_is_outside_them_are_refused(model):
