@@ -179,7 +179,7 @@ def main():
     torch.set_num_threads(1)
     model, local = LanguageModel(NAME), LanguageModel(NAME, dispatch=True)
     over = 0.0
-    print(f"A job with one read, milliseconds\n{'':12}{'local':>12}{'remote':>12}{'over it':>12}{'goal':>8}")
+    print(f"A job with one read, milliseconds\n{'':22}{'local':>8}{'remote':>10}{'over it':>10}{'goal':>8}")
     for how, options in (("confined", ()), ("trusted", ("--trusted",))):
         with Server(*options):
             found = round_trips(model, local, arguments.rounds, how)
