@@ -104,7 +104,7 @@ class Queue:
 
     def state(self, owner: str, job: str, after: int) -> JobState:
         """Where a job stands, with its events from number `after` on."""
-        with self._store.begin() as db:
+        with self._store.look() as db:
             row = self._own(db, owner, job)
             found = select(events.c.body).where(events.c.job == job, events.c.number >= after)
             bodies = [body for (body,) in db.execute(found.order_by(events.c.number))]
@@ -115,7 +115,7 @@ class Queue:
 
     def answer(self, owner: str, job: str) -> bytes:
         """What a job that is done has left."""
-        with self._store.begin() as db:
+        with self._store.look() as db:
             row = self._own(db, owner, job)
         if row.status != "done":
             raise UnknownJobError(f"The job is {row.status}: it has no answer.")
@@ -135,7 +135,7 @@ class Queue:
     def all_of(self, owner: str) -> list[JobSummary]:
         """The jobs of a user, the newest first."""
         mine = select(jobs).where(jobs.c.owner == owner).order_by(jobs.c.created.desc())
-        with self._store.begin() as db:
+        with self._store.look() as db:
             rows = db.execute(mine).all()
             ahead = [self._ahead(db, row) if row.status == "queued" else 0 for row in rows]
         return [
@@ -146,7 +146,7 @@ class Queue:
     def counts(self, status: str = "queued") -> dict[str, int]:
         """How many jobs wait for each model, or have another status."""
         waiting = select(jobs.c.model, func.count()).where(jobs.c.status == status).group_by(jobs.c.model)
-        with self._store.begin() as db:
+        with self._store.look() as db:
             return {row[0]: row[1] for row in db.execute(waiting)}
 
     def _own(self, db: Connection, owner: str, job: str) -> Any:

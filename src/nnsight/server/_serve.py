@@ -5,6 +5,7 @@ from __future__ import annotations
 import fcntl
 import ipaddress
 import os
+import sys
 from collections.abc import AsyncIterator, Sequence
 from contextlib import asynccontextmanager
 from pathlib import Path
@@ -27,6 +28,8 @@ from ._queue import Queue
 from ._replica import Replica
 from ._service import Service
 from ._store import Store
+
+_SWITCH = 0.0005  # seconds; replicas and requests are threads that hand over to each other
 
 
 class ServeError(NNsightError):
@@ -82,6 +85,7 @@ def serve(
         app = make_app(service)
         app.router.lifespan_context = _lifespan(service)
         log_to_stderr()
+        sys.setswitchinterval(_SWITCH)
         try:
             _Server(app, host, port).run()
         finally:

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Collection, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
+from threading import Lock
 from typing import Any
 
 from sqlalchemy import (
@@ -26,6 +27,7 @@ from sqlalchemy import (
 )
 
 metadata = MetaData()
+_READS = "nnsight_reads"
 
 jobs = Table(
     "jobs",
@@ -66,6 +68,7 @@ class Store:
 
     def __init__(self, folder: Path) -> None:
         folder.mkdir(parents=True, exist_ok=True)
+        self._writing = Lock()
         self._files = folder / "jobs"
         self._files.mkdir(exist_ok=True, mode=0o700)
         self._engine = create_engine(
@@ -77,13 +80,22 @@ class Store:
 
     @contextmanager
     def begin(self) -> Iterator[Connection]:
-        """A transaction that nobody else writes beside."""
-        with self._engine.begin() as connection:
+        """A transaction that nobody else writes beside.
+
+        Threads wait for one another here: SQLite would have them ask again, later and later.
+        """
+        with self._writing, self._engine.begin() as connection:
+            yield connection
+
+    @contextmanager
+    def look(self) -> Iterator[Connection]:
+        """A transaction that only reads, and waits for nobody."""
+        with self._engine.connect().execution_options(**{_READS: True}) as connection:
             yield connection
 
     def deployed(self) -> list[str]:
         """The models that were deployed while the server ran."""
-        with self.begin() as db:
+        with self.look() as db:
             return list(db.execute(select(models.c.name)).scalars())
 
     def keep_deployed(self, names: Collection[str]) -> None:
@@ -124,4 +136,5 @@ def _prepare(connection: Any, _record: Any) -> None:
 
 
 def _begin(connection: Connection) -> None:
-    connection.exec_driver_sql("BEGIN IMMEDIATE")
+    reads = connection.get_execution_options().get(_READS)
+    connection.exec_driver_sql("BEGIN" if reads else "BEGIN IMMEDIATE")
