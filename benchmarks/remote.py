@@ -69,7 +69,9 @@ def median(work, rounds):
 def round_trips(model, local, rounds, how):
     for _ in range(10):
         one_read(model, remote=True)
-    pairs = [(median(lambda: one_read(local), 1), median(lambda: one_read(model, remote=True), 1)) for _ in range(rounds)]
+    pairs = [
+        (median(lambda: one_read(local), 1), median(lambda: one_read(model, remote=True), 1)) for _ in range(rounds)
+    ]
     here, there = zip(*pairs, strict=True)
     goal = GOAL if how == "confined" else ""
     for name, of in (("median", statistics.median), ("best tenth", lambda times: statistics.quantiles(times, n=10)[0])):
