@@ -131,12 +131,12 @@ class RemoteJob:
             await self._connection.request("DELETE", f"/v1/jobs/{state.id}")
         while state.status not in ENDED:
             where = f"/v1/jobs/{state.id}?after={state.next_event}&known={state.status}&wait={_POLL}"
-            state = self._note(await self._connection.request("GET", where))
+            state = self._note(await self._connection.request("GET", where, patient=True))
         if state.status == "cancelled":
             raise JobCancelledError(f"The job {state.id} was cancelled.")
         if state.status == "failed" and state.error is not None:
             raise ServerError(state.error.text)
-        return await self._connection.request("GET", f"/v1/jobs/{state.id}/result")
+        return await self._connection.request("GET", f"/v1/jobs/{state.id}/result", patient=True)
 
     def _note(self, body: bytes) -> JobState:
         try:

@@ -11,8 +11,9 @@ import httpx
 from ..errors import ServerError
 
 _AGAIN = frozenset({429, 502, 503, 504})
-_LONGEST_WAIT = 30.0
+_LONGEST_WAIT = 10.0
 _ATTEMPTS = 6
+_PATIENCE = 1_000_000
 
 
 class Connection:
@@ -31,15 +32,17 @@ class Connection:
         timeout = httpx.Timeout(60.0, connect=10.0)
         self._client = httpx.AsyncClient(base_url=host, headers=headers, transport=transport, timeout=timeout)
 
-    async def request(self, method: str, path: str, **options: Any) -> bytes:
+    async def request(self, method: str, path: str, *, patient: bool = False, **options: Any) -> bytes:
         """The body of a successful answer; every request may be repeated without harm.
+
+        A `patient` one goes on asking: the server has been there before, and its caller sets a time.
 
         Raises:
             ServerError: The server cannot be reached, or refuses.
         """
-        problem = ""
-        for attempt in range(_ATTEMPTS):
-            wait = min(_LONGEST_WAIT, 0.25 * 2**attempt) * (0.5 + random.random() / 2)
+        problem, attempts = "", _PATIENCE if patient else _ATTEMPTS
+        for attempt in range(attempts):
+            wait = min(_LONGEST_WAIT, 0.25 * 2 ** min(attempt, 20)) * (0.5 + random.random() / 2)
             try:
                 response = await self._client.request(method, path, **options)
             except httpx.TransportError as error:
@@ -51,9 +54,9 @@ class Connection:
                 if response.status_code not in _AGAIN:
                     raise ServerError(f"The server {self._host} refused: {problem}")
                 wait = max(wait, _retry_after(response))
-            if attempt + 1 < _ATTEMPTS:
+            if attempt + 1 < attempts:
                 await asyncio.sleep(wait)
-        raise ServerError(f"The server {self._host} could not be reached after {_ATTEMPTS} attempts ({problem}).")
+        raise ServerError(f"The server {self._host} could not be reached after {attempts} attempts ({problem}).")
 
     async def close(self) -> None:
         """Let go of the connections."""

@@ -236,7 +236,10 @@ class ConfinedRunner(ModelProcess):
         return _Forked(child, ours)
 
     def _ask_for_child(self, theirs: socket.socket) -> int:
-        command = FORK + f"{self._limits.memory} {self._limits.seconds}".encode()
+        processor = (
+            self._limits.seconds * (os.cpu_count() or 1) + 10
+        )  # the server ends a job at its time; this is in case
+        command = FORK + f"{self._limits.memory} {processor}".encode()
         with self._control:
             zygote = self._socket
             try:
