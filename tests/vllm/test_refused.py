@@ -58,3 +58,12 @@ def test_assigning_the_stream_between_attention_and_mlp(pair):
     model = pair.engine
     with pytest.raises(EditError, match="change attn_out"), model.trace(PROMPT):
         model.resid_mid[1] = model.resid_mid[1] * 2
+
+
+def test_changes_in_place_after_the_model_has_gone_on(pair):
+    model = pair.engine
+    with pytest.raises(OutOfOrderError, match=r"value\.clone\(\)"), model.trace(PROMPT):
+        stream = model.resid_post[0]
+        model.resid_post[1]
+        stream[:] = 0
+        model.logits

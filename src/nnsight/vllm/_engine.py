@@ -188,6 +188,7 @@ class Engine:
                     raise EditError(_SHARED.format(path=self._path(module)))
                 inputs.put(lane.start, lane.stop, visit.value, self._path(module))
             shown = visit.value
+            lane.leave(_tensors(before), f"{self._path(module)}.input")
         for recorder in main.input_recorders.get(module, ()):
             recorder.begin(shown[0], shown[1], index)
 
@@ -202,6 +203,7 @@ class Engine:
             if not lane.lives:
                 return
             shown, changed = visit.value, visit.written or _differ(before)
+            lane.leave(_tensors(before), f"{self._path(module)}.output")
         else:
             changed = False
         if changed or skipped is not None:
@@ -244,9 +246,10 @@ class Engine:
         if head in main.wanted_inputs:
             with lane.visiting():
                 visit = main._visit(head, INPUT, ((hidden,), {}), index)
-            hidden = visit.value[0][0]
             if not lane.lives:
                 return logits
+            lane.leave([hidden], "model.lm_head.input")
+            hidden = visit.value[0][0]
         with torch.inference_mode():
             whole = self._compute_logits(hidden[0].detach())
         shown = own(whole)
@@ -270,6 +273,7 @@ class Engine:
                 return logits
             changed = changed or visit.written or _differ(before)
             shown = getattr(visit.value, "logits", visit.value)
+        lane.leave([shown], "model.lm_head.output")
         for recorder in main.recorders.get(self.root, ()):
             recorder.end(CausalLMOutput(logits=shown), (), {}, main.counts[self.root] - 1, main.step)
         if changed or head in main.wanted_inputs:
@@ -310,6 +314,10 @@ def guarding(lane: Lane) -> Iterator[None]:
         lane.fail(error)
     except Exception as error:
         lane.fail(EngineError(f"A value could not be handed to the block: {type(error).__name__}: {error}"))
+
+
+def _tensors(before: list[tuple[torch.Tensor, int]]) -> list[torch.Tensor]:
+    return [tensor for tensor, _ in before]
 
 
 def _differ(before: list[tuple[torch.Tensor, int]]) -> bool:

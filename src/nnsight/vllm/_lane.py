@@ -6,7 +6,7 @@ engine's worker, which calls the model for many requests at once and visits each
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
@@ -18,6 +18,7 @@ from .._core import RESULT, Coroutine, Instruments, Pass, capture_modes, switch_
 from ..errors import NNsightError
 
 if TYPE_CHECKING:
+    from .._core import Run
     from ._messages import Ask
 
 
@@ -48,6 +49,7 @@ class Lane:
     def __init__(self, ask: Ask, hand_in: Callable[[Lane], None]) -> None:
         self.ask = ask
         self.result: Any = None
+        self.run: Run | None = None
         self._main: LanePass | None = None
         self.length = self.computed = 0  # tokens of the prompt, and those that the model has seen
         self.start = self.stop = self.row = 0
@@ -94,6 +96,11 @@ class Lane:
         if self._driver and self._waited_for:
             with self.visiting():
                 self._driver.throw(error)
+
+    def leave(self, values: Iterable[torch.Tensor], path: str) -> None:
+        """The engine goes on from values that the block was given: changes in place reach nothing from here on."""
+        if self.run is not None:
+            self.run.edits.note_passed([(value, path) for value in values])
 
     @property
     def lives(self) -> bool:

@@ -55,10 +55,12 @@ class LaneTracer(Tracer):
     def _prepare_lane(self, givens: list[Given]) -> Prepared:
         if not givens:
             raise NoInputError("Cannot run the model: give the trace a prompt, or an invoke: tracer.invoke(prompt).")
-        return Prepared(self._call_of(givens[0]), [1])
+        assert self._run is not None
+        return Prepared(self._call_of(givens[0], self._run), [1])
 
-    def _call_of(self, given: Given) -> Call:
+    def _call_of(self, given: Given, run: Run) -> Call:
         lane = self._engine.new_lane(Given(given.args, {**self._params, **given.kwargs}))
+        lane.run = run
         return Call(lane, (), {}, repeatable=False, passes=LanePass)
 
     def _add_invoke(
@@ -69,7 +71,7 @@ class LaneTracer(Tracer):
         if self._given:
             raise InputError("This trace has a prompt of its own: give both prompts to invokes.")
         outer, _ = self._active("invoke()")
-        run = Run(outer.instruments, outer.stepper, lambda: self._call_of(given), strict=outer.strict)
+        run = Run(outer.instruments, outer.stepper, lambda: self._call_of(given, run), strict=outer.strict)
         for edit in self._edits:
             edit.add_to(run)
         worker = Worker(run, f"the invoke at line {frame_line} of {os.path.basename(block.filename)}")
