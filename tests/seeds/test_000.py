@@ -367,7 +367,7 @@ def test_key_for_remote_execution(keys):
     assert CONFIG.API_KEY == "YOUR_API_KEY"
 
 
-@pytest.mark.skip(reason="needs the vLLM engine")
+@pytest.mark.skip(reason="run on a real engine by tests/vllm (make test-vllm)")
 def test_vllm_integration(hub_cache):
     from nnsight.modeling.vllm import VLLM
 
