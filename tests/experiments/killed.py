@@ -7,13 +7,19 @@ import os
 import shutil
 import signal
 import sys
+import threading
 import time
 from pathlib import Path
 
 import torch
+from tqdm import tqdm
 
 from nnsight import NNsight
 from nnsight.experiments import ActivationStore, collect_activations
+
+# A child that is killed while it holds the lock that tqdm shares between processes would stop all others.
+tqdm.monitor_interval = 0
+tqdm.set_lock(threading.RLock())
 
 PROMPTS = [[(7 * i + j) % 50 for j in range(1 + i % 9)] for i in range(120)]
 
@@ -60,6 +66,13 @@ def contents(folder):
     return {path.name: path.read_bytes() for path in sorted(folder.iterdir())}
 
 
+def differing(folder, expected):
+    """The files that are not as expected, with their sizes."""
+    found = contents(folder)
+    names = [name for name in found.keys() | expected.keys() if found.get(name) != expected.get(name)]
+    return {name: [len(files[name]) if name in files else None for files in (found, expected)] for name in names}
+
+
 def main(root):
     whole = root / "whole"
     collect(whole)
@@ -77,7 +90,7 @@ def main(root):
 
             killed += was_killed(in_child(work))
             collect(folder)
-            assert contents(folder) == expected, (call, before)
+            assert not differing(folder, expected), (call, before, differing(folder, expected))
             shutil.rmtree(folder)
     folder = root / "often"
     delay = 0.01
@@ -87,7 +100,7 @@ def main(root):
         os.kill(child, signal.SIGKILL)
         killed += was_killed(child)
         delay *= 1.3
-    assert contents(folder) == expected
+    assert not differing(folder, expected), differing(folder, expected)
     print(killed)
 
 
