@@ -21,6 +21,8 @@ from nnsight.experiments import ActivationStore, collect_activations
 tqdm.monitor_interval = 0
 tqdm.set_lock(threading.RLock())
 
+torch.set_num_threads(1)  # a forked child has one, and sums in another order than several do
+
 PROMPTS = [[(7 * i + j) % 50 for j in range(1 + i % 9)] for i in range(120)]
 
 
