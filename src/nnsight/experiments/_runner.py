@@ -24,12 +24,13 @@ class Group(NamedTuple):
     """Rows that are run from the same layer.
 
     `edit` is given what some rows are for, and their prompts `[row]`, and returns what is then called in their trace: that
-    changes something at `layer` or later.
+    changes something at `layer` or later, `before_mlp` of the last layer at the latest.
     """
 
     rows: Sequence[Row]
     layer: int
     edit: Callable[[Sequence[Any], torch.Tensor], Act]
+    before_mlp: bool = False
 
 
 _COPIES = 6  # of the logits, that the model and a metric make
@@ -61,6 +62,7 @@ class Runner:
         self._final: torch.Tensor | None = None  # of the first unit, where runs can be finished from the stream
         self._logits: torch.Tensor | None = None  # of the first unit
         self._tail_bytes = 0
+        self._trims = False  # whether the last layer's MLP may compute the last position alone
         self._accepted = inspect.signature(type(model._model).forward).parameters
         self.options: dict[str, Any] = {"use_cache": False} if "use_cache" in self._accepted else {}
         if scorer.keep is not None and "logits_to_keep" in self._accepted:
@@ -112,11 +114,13 @@ class Runner:
         assert self._logits is not None
         rows = list(range(self.unit))
         self._final = final[: self.unit]
+        expected = self._cut(self._final)
         with torch.no_grad():
-            same = self._agree(lambda: self._run_layers(rows, self.layers // 2, _nothing), self._cut(self._final))
-            same = same and self._agree(
-                lambda: self.finish(self._cut(final[: self.unit])).logits, self._cut(self._logits)
+            self._trims = self.scorer.keep == 1 and self._agree(
+                lambda: self._run_layers(rows, self.layers // 2, _nothing, trim=True), expected
             )
+            same = self._trims or self._agree(lambda: self._run_layers(rows, self.layers // 2, _nothing), expected)
+            same = same and self._agree(lambda: self.finish(expected).logits, self._cut(self._logits))
         if not same:
             self.stream = self._final = None
 
@@ -163,7 +167,7 @@ class Runner:
             prompts = [prompt for _, prompt in batch]
             change = group.edit([what for what, _ in batch], torch.tensor(prompts))
             if self._final is not None:
-                found = self._run_layers(prompts, group.layer, change)
+                found = self._run_layers(prompts, group.layer, change, trim=self._trims and group.before_mlp)
             else:
                 found = self._score(self.run_all(prompts, group.layer, change), torch.tensor(prompts))
             done(len(batch))
@@ -197,11 +201,17 @@ class Runner:
             act()
             return self.model.output.save()
 
-    def _run_layers(self, prompts: Sequence[int], layer: int, act: Act) -> torch.Tensor:
-        """What leaves the last layer `[row, pos, d_model]`, at the positions that the metric looks at."""
+    def _run_layers(self, prompts: Sequence[int], layer: int, act: Act, *, trim: bool = False) -> torch.Tensor:
+        """What leaves the last layer `[row, pos, d_model]`, at the positions that the metric looks at.
+
+        With `trim`, the last layer's MLP computes the last position alone, which is then added at all of them.
+        """
 
         def act_and_read() -> torch.Tensor:
             act()
+            if trim:
+                mlp = self.model.names.layers[-1].mlp
+                mlp.input = mlp.input[:, -1:]
             return self._cut(self.model.names.resid_post[-1]).clone()
 
         return self.observe(prompts, layer, act_and_read)

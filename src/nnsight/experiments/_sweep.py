@@ -14,6 +14,8 @@ from nnsight import LanguageModel, errors
 from ._progress import progress_bar
 from ._runner import Group, Runner
 
+_BEFORE_MLP = ("resid_pre", "attn_out", "head_q", "head_k", "head_v", "head_pattern", "head_z", "head_result")
+
 # What a user calls an axis -> what the vocabulary calls it, in any of its values.
 AXES = {"pos": ("pos", "query"), "head": ("head",), "neuron": ("d_mlp",), "key": ("key",)}
 
@@ -98,7 +100,7 @@ def _group_of(runner: Runner, patches: Sequence[Patch], replace: Replace) -> Gro
         return lambda: put(place, batch, prompts, lambda live, rows, _: replace(live, rows, site))
 
     rows = list(itertools.product(patches, range(len(runner.prompts))))
-    return Group(rows, place.layer or 0, edit)
+    return Group(rows, place.layer or 0, edit, before_mlp=place.name in _BEFORE_MLP)
 
 
 def _place_of(runner: Runner, site: Any) -> Any:
