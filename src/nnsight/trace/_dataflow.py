@@ -39,8 +39,8 @@ class Deferred:
         )
 
     def reads_from(self, other: Deferred) -> bool:
-        """Whether it takes a value from another block."""
-        return any(origin is other for origin in self._origins.values())
+        """Whether it takes a value from another block: what it only binds, it does not wait for."""
+        return any(self._origins.get(name) is other for name in self.block.names_read)
 
     def run(self) -> None:
         """Run the block; a name that it finds unbound is explained by what the other blocks do."""

@@ -113,9 +113,7 @@ class Tracer:
             worker.finished = True
             if error is None:
                 self._check_invokes()
-                run.finish()
-                if run.saved:
-                    warn_about_changes(run)
+                self._finish(run)
             else:
                 error.__traceback__ = trim(error.__traceback__)
         except BaseException as failure:
@@ -126,6 +124,12 @@ class Tracer:
             run.close()
             self._close()
         return False
+
+    def _finish(self, run: Run) -> None:
+        """The body is over: run the model, with the blocks that wait for it, to the end."""
+        run.finish()
+        if run.saved:
+            warn_about_changes(run)
 
     def _close(self) -> None:
         if self._worker is not None:

@@ -89,14 +89,14 @@ class Engine:
     def _replacement(self, plain: Forward) -> Forward:
         def forward(module: Module, /, *args: Any, **kwargs: Any) -> Any:
             if module is self.root:
-                self._begin_step(args, kwargs)
+                self._begin_step()
             if not self._lanes:
                 return plain(module, *args, **kwargs)
             return self._call(module, plain, args, kwargs)
 
         return forward
 
-    def _begin_step(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+    def _begin_step(self) -> None:
         """Find out which rows of the batch are whose."""
         self._hidden = None
         self._lanes = []

@@ -4,11 +4,10 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable, Sequence
-from types import TracebackType
 from typing import TYPE_CHECKING, Any
 
 from .._capture import Block, Scope
-from .._core import Call, Coroutine, Run, Worker, trim
+from .._core import Call, Coroutine, Run, Worker
 from ..envoy import Tree
 from ..errors import InputError, NoInputError, NotTracingError
 from ..trace import Dataflow, Deferred, Given, Prepared, Tracer
@@ -83,29 +82,16 @@ class LaneTracer(Tracer):
         run.lone = False
         self._invokes.append(_Invoke(run, deferred))
 
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
-    ) -> bool:
-        outer, worker = self._run, self._worker
-        if not self._invokes or outer is None or worker is None:
-            return super().__exit__(kind, error, traceback)
-        try:
-            worker.finished = True
-            if error is None:
-                self._check_invokes()
-                self._run_invokes()
-            else:
-                error.__traceback__ = trim(error.__traceback__)
-        except BaseException as failure:
-            failure.__traceback__ = trim(failure.__traceback__)
-            raise
-        finally:
-            for invoke in self._invokes:
-                invoke.run.close()
-            worker.leave()
-            outer.close()
-            self._close()
-        return False
+    def _finish(self, run: Run) -> None:
+        if self._invokes:
+            self._run_invokes()
+        else:
+            super()._finish(run)
+
+    def _close(self) -> None:
+        for invoke in self._invokes:
+            invoke.run.close()
+        super()._close()
 
     def _run_invokes(self) -> None:
         waiting = self._invokes
