@@ -1,4 +1,4 @@
-"""LaneScheduler: vLLM's scheduler, which gives a request with a block its whole prompt in one step."""
+"""LaneScheduler: vLLM's scheduler, which gives a request with a block its whole prompt in one step, and never takes it back."""
 
 from __future__ import annotations
 
@@ -10,11 +10,16 @@ from ._messages import EXTRA
 
 
 class LaneScheduler(AsyncScheduler):
-    """Prompts with a block wait for a step that has room for all of their tokens; others are cut as before."""
+    """Prompts with a block wait for a step with room for all of their tokens, and for memory for all that they may generate.
+
+    A request with a block cannot be computed again from its start, since its block has run: so it is let in only where the
+    memory holds it to its end beside the others with blocks, and where memory runs out the requests without one make room.
+    """
 
     def schedule(self, *args: Any, **kwargs: Any) -> Any:
-        """As vLLM's own, with those hidden that would be cut, and whoever comes after them."""
-        hidden = self._that_would_be_cut() if any(_has_block(request) for request in self.waiting) else []
+        """As vLLM's own, with those hidden that would be cut or taken back, and whoever comes after them."""
+        self.running.sort(key=_has_no_block)
+        hidden = self._to_wait() if any(_has_block(request) for request in self.waiting) else []
         if not hidden:
             return super().schedule(*args, **kwargs)
         self.waiting.remove_requests(hidden)
@@ -24,19 +29,35 @@ class LaneScheduler(AsyncScheduler):
             for request in hidden:
                 self.waiting.add_request(request)
 
-    def _that_would_be_cut(self) -> list[Any]:
-        left = self.max_num_scheduled_tokens
+    def _to_wait(self) -> list[Any]:
+        tokens = self.max_num_scheduled_tokens
         for request in self.running:
-            left -= min(max(request.num_tokens_with_spec - request.num_computed_tokens, 1), max(left, 0))
+            tokens -= min(max(request.num_tokens_with_spec - request.num_computed_tokens, 1), max(tokens, 0))
+        blocks = self.kv_cache_manager.block_pool.num_gpu_blocks - 1  # the first is vLLM's own
+        held = [self._blocks_to_its_end(request) for request in self.running if _has_block(request)]
         waiting = list(self.waiting)
         for number, request in enumerate(waiting):
             size = request.num_tokens
-            if _has_block(request) and size > left:
-                return waiting[number:]
-            left -= min(size, left)
+            if _has_block(request):
+                need = self._blocks_to_its_end(request)
+                if size > tokens or (held and need + sum(held) > blocks):
+                    return waiting[number:]
+                held.append(need)
+            tokens -= min(size, tokens)
         return []
+
+    def _blocks_to_its_end(self, request: Any) -> int:
+        """The blocks of memory that this request can come to hold: an upper bound, in every group of layers that has its own."""
+        most = request.num_prompt_tokens + request.max_tokens + self.num_lookahead_tokens
+        most = min(most, self.max_model_len)
+        managers = self.kv_cache_manager.coordinator.single_type_managers
+        return sum(-(-most // manager.block_size) for manager in managers)
 
 
 def _has_block(request: Any) -> bool:
     params = request.sampling_params
     return params is not None and EXTRA in (params.extra_args or ())
+
+
+def _has_no_block(request: Any) -> bool:
+    return not _has_block(request)
