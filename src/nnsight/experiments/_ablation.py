@@ -16,7 +16,7 @@ from ._prompts import Prompts, encode
 from ._result import PAIR, Result
 from ._runner import Runner
 from ._scoring import NoScore
-from ._sweep import Replace, dim_of, patches_over, sites_of, sweep
+from ._sweep import Replace, by_position, dim_of, patches_over, sites_of, sweep
 
 Mode = Literal["zero", "mean", "resample"]
 
@@ -77,7 +77,7 @@ def ablate(
     runner = Runner(model, rows, scorer, budget)
     found = sites_of(model, sites, layers)
     dims = [dim_of(found[0], axis) for axis in axes]
-    values, clean = runner.record(found, keep_stream=True)
+    values, clean = runner.record(found, keep_stream=True, pack=by_position(found, axes))
     replace = _make_replace(mode, values, rows, others, Runner(model, others, NoScore(), budget), seed)
     patches = patches_over(found, axes, values)
     numbers = sweep(runner, patches, replace, progress, sites)

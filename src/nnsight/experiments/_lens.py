@@ -10,6 +10,7 @@ import torch
 from nnsight import LanguageModel, errors
 
 from ._memory import Budget
+from ._packed import Layout
 from ._progress import progress_bar
 from ._prompts import encode, token_id
 from ._result import PAIR, Result
@@ -156,7 +157,7 @@ def patchscope(
         site = model.site("resid_post", source.layer if target_layer is None else target_layer)
         patch = Patch(site, ((1, place),))
 
-        def edit(positions: Sequence[int], prompts: torch.Tensor) -> Callable[[], None]:
+        def edit(positions: Sequence[int], prompts: torch.Tensor, _: Layout | None) -> Callable[[], None]:
             new = values[source][0, list(positions), None]
             return lambda: put(site, [patch] * len(positions), prompts, lambda live, _, __: new.expand(live.shape))
 

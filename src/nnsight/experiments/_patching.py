@@ -14,7 +14,7 @@ from ._metrics import Metric, Scorer
 from ._prompts import Prompts, encode_pair, pair_labels
 from ._result import PAIR, Result
 from ._runner import Runner
-from ._sweep import Patch, dim_of, patches_over, sites_of, sweep
+from ._sweep import Patch, by_position, dim_of, patches_over, sites_of, sweep
 
 Direction = Literal["denoise", "noise"]
 Over = str | Sequence[str]
@@ -126,7 +126,7 @@ class PairRuns:
         sites = sites_of(self.model, name, layers)
         for axis in axes:
             dim_of(sites[0], axis)
-        values = self.record(sites)
+        values = self.record(sites, pack=by_position(sites, axes))
         patches = patches_over(sites, axes, values)
         numbers = sweep(self.base, patches, lambda live, rows, site: values[site][rows], progress, name)
         self.leave_out_padding(numbers, patches)
@@ -134,14 +134,14 @@ class PairRuns:
         self.base.budget.release(list(values.values()))
         return numbers.T.reshape(len(self.clean), len(sites), *shape), self.labels(sites, axes, shape)
 
-    def record(self, sites: Sequence[Any]) -> dict[Any, torch.Tensor]:
+    def record(self, sites: Sequence[Any], pack: bool = False) -> dict[Any, torch.Tensor]:
         values: dict[Any, torch.Tensor] = {}
         for name, runner in self._runners.items():  # the clean one first: some metrics compare with it
             wanted = sites if runner is self.source else []
             if name in self.baseline and not wanted:
                 continue
             keep = runner is self.base
-            found, self.baseline[name] = runner.record(wanted, keep_stream=keep)
+            found, self.baseline[name] = runner.record(wanted, keep_stream=keep, pack=pack and keep)
             values |= found
         return values
 

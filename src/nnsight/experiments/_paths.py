@@ -11,6 +11,7 @@ import torch
 from nnsight import LanguageModel, errors
 
 from ._metrics import Metric
+from ._packed import Layout
 from ._patching import Direction, Over, PairRuns, axes_of
 from ._progress import progress_bar
 from ._prompts import encode_pair
@@ -137,7 +138,7 @@ class _Paths:
             reached = [self._receivers[-1]]
         rows: list[Row] = list(itertools.product(senders, range(len(self._runner.prompts))))
 
-        def edit(batch: Sequence[Patch], prompts: torch.Tensor) -> Callable[[], None]:
+        def edit(batch: Sequence[Patch], prompts: torch.Tensor, _: Layout | None) -> Callable[[], None]:
             given = self._given(site, batch, prompts, reached)
             return lambda: self._give(given, reached)
 

@@ -8,9 +8,10 @@ from typing import Any, NamedTuple, TypeVar
 
 import torch
 
-from nnsight import LanguageModel
+from nnsight import LanguageModel, errors
 
 from ._memory import Budget
+from ._packed import NEEDED, Layout, Packing
 from ._prompts import Prompts
 from ._scoring import Scoring
 
@@ -23,16 +24,19 @@ Row = tuple[Any, int]
 class Group(NamedTuple):
     """Rows that are run from the same layer.
 
-    `edit` is given what some rows are for, and their prompts `[row]`, and returns what is then called in their trace: that
-    changes something at `layer` or later, `before_mlp` of the last layer at the latest.
+    `edit` is given what some rows are for, their prompts `[row]` and, where they are packed, their layout; it returns what
+    is then called in their trace: that changes something at `layer` or later, `before_mlp` of the last layer at the latest.
+    Rows can be packed where `first` tells, from what a row is for, the first position that its edit touches.
     """
 
     rows: Sequence[Row]
     layer: int
-    edit: Callable[[Sequence[Any], torch.Tensor], Act]
+    edit: Callable[[Sequence[Any], torch.Tensor, Layout | None], Act]
     before_mlp: bool = False
+    first: Callable[[Any], int] | None = None
 
 
+_SHORTEST = 4  # the positions of prompts of which it pays to compute a part
 _COPIES = 6  # of the logits, that the model and a metric make
 
 
@@ -41,7 +45,8 @@ class Runner:
 
     What the layers before an edit compute is known from the plain run: after `record(keep_stream=True)`, a run starts at
     the edited layer with that run's residual stream, and stops behind the last layer; what follows is done for all
-    rows together.  A model that does not give the same that way is run from the start to the end.
+    rows together.  With `pack=True`, what the positions before an edit compute is known too, where one position at the end
+    is looked at.  A model that does not give the same that way is run from the start to the end.
 
     Args:
         model: The model.
@@ -63,6 +68,7 @@ class Runner:
         self._logits: torch.Tensor | None = None  # of the first unit
         self._tail_bytes = 0
         self._trims = False  # whether the last layer's MLP may compute the last position alone
+        self.packing: Packing | None = None  # where rows can be packed
         self._accepted = inspect.signature(type(model._model).forward).parameters
         self.options: dict[str, Any] = {"use_cache": False} if "use_cache" in self._accepted else {}
         if scorer.keep is not None and "logits_to_keep" in self._accepted:
@@ -71,29 +77,37 @@ class Runner:
     # --- the plain run ---------------------------------------------------------------------------------------
 
     def record(
-        self, sites: Sequence[Any], *, keep_stream: bool = False
+        self, sites: Sequence[Any], *, keep_stream: bool = False, pack: bool = False
     ) -> tuple[dict[Any, torch.Tensor], torch.Tensor]:
         """The values of sites `[prompt, …]` in the plain run, and the metric `[prompt]`.
 
         Args:
             sites: What to read.
             keep_stream: Keep the residual stream too, so that later runs can start at any layer.
+            pack: Keep the cache as well, where rows may be packed.
         """
+        pack = pack and self._may_pack()
         streams = [self.model.site("resid_pre", i) for i in range(self.layers)] if keep_stream else []
         streams += [self.model.site("resid_post", self.layers - 1)] if keep_stream else []
         wanted = sorted({*sites, *streams}, key=lambda site: site.order)
         with torch.no_grad():
-            parts = self.budget.measure(range(len(self.prompts)), lambda rows: self._record(wanted, rows), self.unit)
-        values = {site: torch.cat([part[site] for part, _ in parts]) for site in wanted}
+            everything = range(len(self.prompts))
+            parts = self.budget.measure(everything, lambda rows: self._record(wanted, rows, pack), self.unit)
+        values = {site: torch.cat([part[site] for part, _, _ in parts]) for site in wanted}
         if keep_stream:
             self.stream = torch.stack([values[site] for site in streams[:-1]])
             self.budget.hold([self.stream])
             self._check(values[streams[-1]])
+            if pack and self.stream is not None:
+                self._try_packing([cache for _, _, cache in parts], values[streams[-1]][:, -1:])
         self.budget.hold([values[site] for site in sites])
-        return {site: values[site] for site in sites}, torch.cat([numbers for _, numbers in parts])
+        return {site: values[site] for site in sites}, torch.cat([numbers for _, numbers, _ in parts])
 
-    def _record(self, sites: Sequence[Any], rows: Sequence[int]) -> tuple[dict[Any, torch.Tensor], torch.Tensor]:
-        with self.model.trace(self._inputs(rows), **self.options):
+    def _record(
+        self, sites: Sequence[Any], rows: Sequence[int], pack: bool
+    ) -> tuple[dict[Any, torch.Tensor], torch.Tensor, Any]:
+        options = {**self.options, "use_cache": True} if pack else self.options
+        with self.model.trace(self._inputs(rows), **options):
             values = {site: site.read().detach().clone() for site in sites}
             output = self.model.output.save()
         if self._logits is None:
@@ -101,7 +115,7 @@ class Runner:
             self._tail_bytes = _COPIES * output.logits.numel() * output.logits.element_size() // len(rows)
         prompts = torch.tensor(list(rows))
         self.scorer.learn(output.logits, prompts)
-        return values, self.scorer(output, prompts).float().cpu()
+        return values, self.scorer(output, prompts).float().cpu(), output.past_key_values if pack else None
 
     def read(self, site: Any) -> torch.Tensor:
         """One site's value `[prompt, …]` in the plain run, which is not kept."""
@@ -123,6 +137,27 @@ class Runner:
             same = same and self._agree(lambda: self.finish(expected).logits, self._cut(self._logits))
         if not same:
             self.stream = self._final = None
+
+    def _try_packing(self, caches: Sequence[Any], expected: torch.Tensor) -> None:
+        """Keep the cache, where there is room for it and packed rows end as in the plain run, from the first layer on."""
+
+        def run() -> torch.Tensor:
+            assert self.stream is not None
+            self.packing = packing = Packing(self.model, self.prompts, caches, self.stream, self.options)
+            if sum(map(_bytes_of, packing.tensors())) > self.budget.left // 2:
+                raise errors.InputError("The cache leaves too little room for runs.")
+            halves = lambda prompts: packing.run(packing.halves(prompts), 0, _nothing, trim=self._trims)  # noqa: E731
+            return torch.cat(self.budget.measure(range(len(expected)), halves))
+
+        if not self._agree(run, expected.repeat_interleave(2, 0)):
+            self.packing = None
+        elif self.packing is not None:
+            self.budget.hold(self.packing.tensors())
+
+    def _may_pack(self) -> bool:
+        """Whether rows might be packed: not with stored edits, of which what they do may hang on places in the batch."""
+        known = self.scorer.keep == 1 and self._accepted.keys() >= NEEDED and not self.model._edits
+        return known and self.prompts.length >= _SHORTEST
 
     def _agree(self, run: Callable[[], torch.Tensor], expected: torch.Tensor) -> bool:
         try:
@@ -164,10 +199,15 @@ class Runner:
         """What leaves the last layer, or the metric, of each row."""
 
         def run_batch(batch: Sequence[Row]) -> torch.Tensor:
-            prompts = [prompt for _, prompt in batch]
-            change = group.edit([what for what, _ in batch], torch.tensor(prompts))
-            if self._final is not None:
-                found = self._run_layers(prompts, group.layer, change, trim=self._trims and group.before_mlp)
+            whats, prompts = [what for what, _ in batch], [prompt for _, prompt in batch]
+            layout = None
+            if self.packing is not None and group.first is not None:
+                layout = self.packing.layout(prompts, list(map(group.first, whats)))
+            change, trim = group.edit(whats, torch.tensor(prompts), layout), self._trims and group.before_mlp
+            if layout is not None and self.packing is not None:
+                found = self.packing.run(layout, group.layer, change, trim=trim)
+            elif self._final is not None:
+                found = self._run_layers(prompts, group.layer, change, trim=trim)
             else:
                 found = self._score(self.run_all(prompts, group.layer, change), torch.tensor(prompts))
             done(len(batch))

@@ -11,13 +11,18 @@ import torch
 
 from nnsight import LanguageModel, errors
 
+from ._packed import Layout
 from ._progress import progress_bar
 from ._runner import Group, Runner
 
+# Values [row, pos, …] of which a position is computed from itself alone, and from what attention sees of those before it.
+_BY_POSITION = ("resid_pre", "resid_mid", "resid_post", "attn_out", "mlp_out", "head_q", "head_z", "neurons")
 _BEFORE_MLP = ("resid_pre", "attn_out", "head_q", "head_k", "head_v", "head_pattern", "head_z", "head_result")
 
 # What a user calls an axis -> what the vocabulary calls it, in any of its values.
 AXES = {"pos": ("pos", "query"), "head": ("head",), "neuron": ("d_mlp",), "key": ("key",)}
+
+_ENOUGH = 96  # positions in a batch: of fewer, a matrix product takes about as long
 
 Replace = Callable[[torch.Tensor, torch.Tensor, Any], torch.Tensor]
 """From the live value `[row, …]`, the number of each row's prompt, and the site, to what is to stand there."""
@@ -86,21 +91,66 @@ def sweep(runner: Runner, patches: Sequence[Patch], replace: Replace, progress: 
         title: Of the progress bar.
     """
     count = len(runner.prompts)
-    groups = [list(group) for _, group in itertools.groupby(patches, lambda patch: patch.site)]
     with progress_bar(len(patches) * count, title, progress) as bar, torch.no_grad():
-        numbers = runner.run((_group_of(runner, group, replace) for group in groups), bar.update)
+        numbers = runner.run((_group_of(runner, group, replace) for group in _groups(runner, patches)), bar.update)
     return numbers.view(len(patches), count)
 
 
-def _group_of(runner: Runner, patches: Sequence[Patch], replace: Replace) -> Group:
-    """The rows (patch, prompt) of one site."""
-    site, place = patches[0].site, _place_of(runner, patches[0].site)
+def by_position(sites: Sequence[Any], axes: Sequence[str]) -> bool:
+    """Whether patches over these axes each begin at a position, before which they change nothing in a causal model."""
+    return "pos" in axes and all(site.name in _BY_POSITION for site in sites)
 
-    def edit(batch: Sequence[Patch], prompts: torch.Tensor) -> Callable[[], None]:
-        return lambda: put(place, batch, prompts, lambda live, rows, _: replace(live, rows, site))
+
+def _groups(runner: Runner, patches: Sequence[Patch]) -> list[list[Patch]]:
+    """Patches that are run together: those of a site, and of the next ones while a batch of them is small."""
+    found: list[list[Patch]] = []
+    places = 0
+    for _, some in itertools.groupby(patches, lambda patch: patch.site):
+        group = list(some)
+        if found and places < _ENOUGH:
+            found[-1] += group
+        else:
+            found.append(group)
+            places = 0
+        places += _places(runner, group) * len(runner.prompts)
+    return found
+
+
+def _places(runner: Runner, patches: Sequence[Patch]) -> int:
+    """How many positions of a prompt a run with these patches computes."""
+    length = runner.prompts.length
+    if runner.packing is None or not by_position([patches[0].site], ["pos"]):
+        return length * len(patches)
+    return sum(length - _position_of(patch) for patch in patches)
+
+
+def _group_of(runner: Runner, patches: Sequence[Patch], replace: Replace) -> Group:
+    """The rows (patch, prompt) of a few sites, in the order in which the model comes by."""
+    places = {patch.site: _place_of(runner, patch.site) for patch in patches}
+    sites = dict(sorted(places.items(), key=lambda pair: pair[1].order))
+
+    def edit(batch: Sequence[Patch], prompts: torch.Tensor, layout: Layout | None) -> Callable[[], None]:
+        def act() -> None:
+            for site, place in sites.items():
+                mine = [patch.site == site for patch in batch]
+                if any(mine):
+                    put(place, batch, prompts, lambda live, rows, _, site=site: replace(live, rows, site), mine, layout)
+
+        return act
 
     rows = list(itertools.product(patches, range(len(runner.prompts))))
-    return Group(rows, place.layer or 0, edit, before_mlp=place.name in _BEFORE_MLP)
+    layer = min(place.layer or 0 for place in sites.values())
+    early = all(place.name in _BEFORE_MLP for place in sites.values())
+    first = _position_of if all(_has_position(patch) for patch in patches) else None
+    return Group(rows, layer, edit, before_mlp=early, first=first)
+
+
+def _has_position(patch: Patch) -> bool:
+    return patch.site.name in _BY_POSITION and any(dim == 1 for dim, _ in patch.index)
+
+
+def _position_of(patch: Patch) -> int:
+    return next(place for dim, place in patch.index if dim == 1)
 
 
 def _place_of(runner: Runner, site: Any) -> Any:
@@ -110,18 +160,35 @@ def _place_of(runner: Runner, site: Any) -> Any:
     return site
 
 
-def put(site: Any, patches: Sequence[Patch], prompts: torch.Tensor, replace: Replace) -> None:
-    """Put new values at a site, in a trace: those of patch `i` in row `i`."""
-    live = site.read()
+def put(
+    site: Any,
+    patches: Sequence[Patch],
+    prompts: torch.Tensor,
+    replace: Replace,
+    mine: Sequence[bool] | None = None,
+    layout: Layout | None = None,
+) -> None:
+    """Put new values at a site, in a trace: those of patch `i` in row `i`.
+
+    Args:
+        site: Where.
+        patches: One for each row.
+        prompts: The number of each row's prompt.
+        replace: What to put there.
+        mine: Which of the rows are meant, by default all.
+        layout: Of rows that are packed.
+    """
+    live = site.read() if layout is None else layout.unpack(site.read())
     new = replace(live, prompts.to(live.device), site).to(live)
-    if any(patch.index for patch in patches):
-        new = torch.where(mask_of(live, patches), new, live)
-    site.write(new)
+    if patches[0].index or not all(mine or [True]):
+        new = torch.where(mask_of(live, patches, mine), new, live)
+    site.write(new if layout is None else layout.pack(new))
 
 
-def mask_of(live: torch.Tensor, patches: Sequence[Patch]) -> torch.Tensor:
-    """Where each row's patch is, in a shape that broadcasts to the value's."""
-    mask = torch.ones([1] * live.dim(), dtype=torch.bool, device=live.device)
+def mask_of(live: torch.Tensor, patches: Sequence[Patch], mine: Sequence[bool] | None = None) -> torch.Tensor:
+    """Where each row's patch is, in a shape that broadcasts to the value's; nowhere in a row that is not meant."""
+    mask = torch.tensor([True] * len(patches) if mine is None else mine, device=live.device)
+    mask = mask.view([-1] + [1] * (live.dim() - 1))
     for number in range(len(patches[0].index)):
         dim = patches[0].index[number][0]
         places = torch.tensor([patch.index[number][1] for patch in patches], device=live.device)
