@@ -4,6 +4,7 @@ from ..errors import CaptureError as CaptureError
 from ._block import Block as Block
 from ._cache import IdentityCache as IdentityCache
 from ._capture import capture as capture
+from ._first import names_read_first as names_read_first
 from ._names import names_of as names_of
 from ._program import bind as bind
 from ._scope import Scope as Scope
@@ -22,6 +23,7 @@ __all__ = [
     "forget_skip",
     "is_skip",
     "names_of",
+    "names_read_first",
     "parse",
     "skip_body",
 ]

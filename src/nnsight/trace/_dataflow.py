@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 
-from .._capture import Block, Scope, bind
+from .._capture import Block, Scope, bind, names_read_first
 from .._core import Worker
 from ..errors import WaitError
 
@@ -39,8 +39,8 @@ class Deferred:
         )
 
     def reads_from(self, other: Deferred) -> bool:
-        """Whether it takes a value from another block: what it only binds, it does not wait for."""
-        return any(self._origins.get(name) is other for name in self.block.names_read)
+        """Whether it may take a value from another block: what it binds before it reads it is its own."""
+        return any(self._origins.get(name) is other for name in names_read_first(self.block))
 
     def run(self) -> None:
         """Run the block; a name that it finds unbound is explained by what the other blocks do."""
