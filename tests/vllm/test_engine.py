@@ -235,7 +235,7 @@ class TestErrors:
     @pytest.mark.parametrize(
         ("options", "match"),
         [
-            ({"tensor_parallel_size": 2}, "tensor_parallel_size"),
+            ({"pipeline_parallel_size": 2}, "pipeline_parallel_size"),
             ({"enforce_eager": False}, "enforce_eager"),
             ({"worker_extension_cls": "x"}, "worker_extension_cls"),
             ({"speculative_config": {"model": "x"}}, "speculative_config"),

@@ -18,6 +18,7 @@ from ..trace import Given
 from ._bridge import Inputs, Output, bridge_of, fill, own, versions_of
 from ._lane import Lane
 from ._messages import EXTRA
+from ._parts import parts_of
 
 SAMPLES = Place("model.samples")
 
@@ -41,6 +42,7 @@ class Engine:
         if sum(module is head for _, module in self.root.named_modules(remove_duplicate=False)) > 1:
             self.root.lm_head = copy.copy(head)  # the embedding itself, where weights are tied: another place
         self._places = {module: name for name, module in self.root.named_modules()}
+        self._parts = parts_of(self._places)
         self._shared = {module for name, module in self.root.named_modules() if self._shares_input(name, module)}
 
     def _shares_input(self, name: str, module: Module) -> bool:
@@ -173,6 +175,8 @@ class Engine:
     def _visit_inputs(self, lane: Lane, module: Module, inputs: Inputs, skipping: dict[Lane, Any]) -> None:
         main, index = lane.main, lane.main.counts[module] - 1
         shown = inputs.rows(lane.start, lane.stop)
+        if self._parts is not None:
+            shown = self._parts.show(module, INPUT, shown)
         before = versions_of(shown)
         if module in main.wanted_inputs:
             with lane.visiting():
@@ -186,7 +190,8 @@ class Engine:
             if visit.written or _differ(before):
                 if module in self._shared and (inputs.joins_stream or not visit.written):
                     raise EditError(_SHARED.format(path=self._path(module)))
-                inputs.put(lane.start, lane.stop, visit.value, self._path(module))
+                value = visit.value if self._parts is None else self._parts.take(module, INPUT, visit.value)
+                inputs.put(lane.start, lane.stop, value, self._path(module))
             shown = visit.value
             lane.leave(_tensors(before), f"{self._path(module)}.input")
         for recorder in main.input_recorders.get(module, ()):
@@ -196,6 +201,8 @@ class Engine:
         main, index = lane.main, lane.main.counts[module] - 1
         skipped = skipping.get(lane)
         shown = output.rows(lane.start, lane.stop) if skipped is None else skipped
+        if self._parts is not None and skipped is None:
+            shown = self._parts.show(module, OUTPUT, shown)
         before = versions_of(shown)
         if module in main.wanted_outputs:
             with lane.visiting():
@@ -207,7 +214,8 @@ class Engine:
         else:
             changed = False
         if changed or skipped is not None:
-            output.put(lane.start, lane.stop, shown, self._path(module))
+            value = shown if self._parts is None else self._parts.take(module, OUTPUT, shown)
+            output.put(lane.start, lane.stop, value, self._path(module))
         for recorder in main.recorders.get(module, ()):
             recorder.end(shown, (), {}, index, main.step)
 
@@ -278,7 +286,8 @@ class Engine:
             recorder.end(CausalLMOutput(logits=shown), (), {}, main.counts[self.root] - 1, main.step)
         if changed or head in main.wanted_inputs:
             logits = logits.clone()
-            fill(logits[lane.row : lane.row + 1], shown[:, -1:][0].unsqueeze(0), "model.lm_head.output")
+            last = shown[:, -1:] if self._parts is None else self._parts.agree(shown[:, -1:])
+            fill(logits[lane.row : lane.row + 1], last[0].unsqueeze(0), "model.lm_head.output")
         return logits
 
     def _sampling(self, plain: Forward) -> Forward:
@@ -302,6 +311,7 @@ class Engine:
         with lane.visiting():
             value = lane.main.touch(SAMPLES, shown)
         if lane.lives and (value is not shown or _differ(before)):
+            value = value if self._parts is None else self._parts.agree(value)
             fill(rows, value.to(rows.dtype).view(1, 1, -1), "model.samples")
 
 

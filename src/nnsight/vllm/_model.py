@@ -201,8 +201,8 @@ def _check(model: str, options: Mapping[str, Any]) -> None:
     for name in _OURS:
         if name in options:
             raise InputError(f"{name}= is what VLLM itself uses to reach the engine, and cannot be given.")
-    if options.get("tensor_parallel_size", 1) != 1 or options.get("pipeline_parallel_size", 1) != 1:
-        raise InputError("tensor_parallel_size= and pipeline_parallel_size= other than 1 are not supported yet.")
+    if options.get("pipeline_parallel_size", 1) != 1:
+        raise InputError("pipeline_parallel_size= other than 1 is not supported: a block runs where all layers are.")
     if not options.get("enforce_eager", True):
         raise InputError("enforce_eager=False compiles the model, and blocks would see nothing of it.")
     if options.get("speculative_config"):
