@@ -6,13 +6,6 @@ from typing import Any
 
 import torch
 from torch.nn import Module
-from vllm.distributed import get_tensor_model_parallel_world_size, get_tp_group  # pyright: ignore[reportMissingImports]
-from vllm.model_executor.layers.linear import (  # pyright: ignore[reportMissingImports]
-    ColumnParallelLinear,
-    LinearBase,
-    ReplicatedLinear,
-    RowParallelLinear,
-)
 
 from .._core import INPUT, map_tensors
 from ..errors import EditError, EngineError
@@ -27,11 +20,15 @@ class Parts:
     is that of the first worker everywhere, so that chance cannot lead them apart.
 
     Args:
+        group: The workers, as vLLM has them.
         places: The path of each module.
     """
 
-    def __init__(self, places: dict[Module, str]) -> None:
-        self._group = get_tp_group()
+    def __init__(self, group: Any, places: dict[Module, str]) -> None:
+        from vllm.model_executor.layers import linear  # pyright: ignore[reportMissingImports]
+
+        self._kinds = linear
+        self._group = group
         self._places = places
 
     def show(self, module: Module, kind: str, shown: Any) -> Any:
@@ -70,19 +67,19 @@ class Parts:
         wholes = value.split([size * count for size in sizes], -1)
         return torch.cat([whole.split(size, -1)[rank] for whole, size in zip(wholes, sizes, strict=True)], -1)
 
-    def _sizes(self, module: Module, kind: str) -> list[int] | None:
+    def _sizes(self, module: Any, kind: str) -> list[int] | None:
         """How large the pieces are that this worker has of a value's last dimension; None where it has all of it."""
-        if isinstance(module, RowParallelLinear):
+        if isinstance(module, self._kinds.RowParallelLinear):
             if kind == INPUT:
                 return [module.input_size_per_partition] if module.input_is_parallel else None
             if module.reduce_results:
                 return None
-        elif isinstance(module, ColumnParallelLinear):
+        elif isinstance(module, self._kinds.ColumnParallelLinear):
             if kind == INPUT or module.gather_output:
                 return None
             if getattr(module, "num_kv_head_replicas", 1) == 1:
                 return list(module.output_partition_sizes)
-        elif isinstance(module, ReplicatedLinear) or self._is_outside(module):
+        elif isinstance(module, self._kinds.ReplicatedLinear) or self._is_outside(module):
             return None
         path = self._places[module]
         raise EngineError(_UNKNOWN.format(path=f"model.{path}.{kind}", count=self._group.world_size))
@@ -91,12 +88,15 @@ class Parts:
         """Whether it is a layer, one of its parts, or outside of the layers: between these, values are whole."""
         names = self._places[module].split(".")
         numbers = [i for i, name in enumerate(names) if name.isdigit()]
-        return not isinstance(module, LinearBase) and (not numbers or len(names) - numbers[0] <= 2)
+        return not isinstance(module, self._kinds.LinearBase) and (not numbers or len(names) - numbers[0] <= 2)
 
 
 def parts_of(places: dict[Module, str]) -> Parts | None:
     """The parts of this worker's model, None where it has all of it."""
-    return Parts(places) if get_tensor_model_parallel_world_size() > 1 else None
+    from vllm.distributed import get_tp_group  # pyright: ignore[reportMissingImports]
+
+    group = get_tp_group()
+    return Parts(group, places) if group.world_size > 1 else None
 
 
 _UNKNOWN = """\
