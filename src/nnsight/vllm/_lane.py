@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
+from contextvars import ContextVar
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -19,7 +20,12 @@ from ..errors import NNsightError
 
 if TYPE_CHECKING:
     from .._core import Run
+    from ..trace import Given
     from ._messages import Ask
+
+
+# Makes the lanes of the job whose code runs.
+lane_maker: ContextVar[Callable[[Given], Lane]] = ContextVar("nnsight_lane_maker")
 
 
 class LaneInstruments(Instruments):
