@@ -310,6 +310,9 @@ class Engine:
         with lane.visiting():
             value = lane.main.touch(SAMPLES, shown)
         if lane.lives and (value is not shown or _differ(before)):
+            vocabulary = self.runner.model_config.get_vocab_size()
+            if isinstance(value, torch.Tensor) and not 0 <= int(value.min()) <= int(value.max()) < vocabulary:
+                raise EditError(f"model.samples takes tokens 0 to {vocabulary - 1} here, not {value.tolist()}.")
             fill(rows, value.to(rows.dtype).view(1, 1, -1), "model.samples")
 
 

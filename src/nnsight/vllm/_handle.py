@@ -97,11 +97,14 @@ class EngineJob:
         return self._outcome
 
     def __await__(self) -> Generator[Any, None, Any]:
+        future = asyncio.wrap_future(self._future)
         try:
-            yield from asyncio.wait([asyncio.wrap_future(self._future)]).__await__()
+            yield from asyncio.wait([future]).__await__()
         except asyncio.CancelledError:
             self.cancel()
             raise
+        if not future.cancelled():
+            future.exception()  # taken note of: result() raises it
         return self.result()
 
     async def stream(self) -> AsyncIterator[Piece]:

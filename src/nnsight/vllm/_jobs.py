@@ -8,8 +8,8 @@ import torch
 
 from .._core import Coroutine, capture_modes, switch_modes
 from ..errors import EngineError, InputError
-from ..protocol import write_frame
-from ..sandbox import describe_failure, execute
+from ..protocol import Event, write_frame
+from ..sandbox import Files, describe_failure, execute
 from ..trace import Given
 from ._engine import Engine
 from ._lane import Lane, lane_maker
@@ -28,17 +28,21 @@ class Job:
         self._printed: list[str] = []
         self._count = 0
         self._answer: bytes | None = None
+        self._files = Files()
 
         def main() -> None:
             lane_maker.set(self._new_lane)  # in the context of this coroutine, and those begun in it
             try:
                 self._answer = execute(
-                    frame, served, lambda event: self._printed.append(event.text), forward_warnings=False, seeded=False
+                    frame, served, self._print, forward_warnings=False, seeded=False, files=self._files
                 )
             except KeyboardInterrupt as error:  # of the block: the engine's own come elsewhere
                 self._answer = write_frame(describe_failure(error, lambda _: True))
 
         self._coroutine = Coroutine(main)
+
+    def _print(self, event: Event) -> None:
+        self._printed.append(event.text)
 
     def begin(self) -> Reply:
         """Run the block until it needs requests, or ends."""
@@ -68,6 +72,7 @@ class Job:
 
     def _resume(self) -> None:
         modes = capture_modes()
+        self._files.show()
         self._coroutine.resume()
         switch_modes(capture_modes(), modes)
 
@@ -79,7 +84,11 @@ class Job:
 
     def _new_lane(self, given: Given) -> Lane:
         self._count += 1
-        return Lane(Ask(f"{self._number}:{self._count}", _prompt(given.args), dict(given.kwargs)), self._hand_in)
+        return Lane(
+            Ask(f"{self._number}:{self._count}", _prompt(given.args), dict(given.kwargs)),
+            self._hand_in,
+            self._files.show,
+        )
 
     def _hand_in(self, lane: Lane) -> None:
         self._asked.append(lane)

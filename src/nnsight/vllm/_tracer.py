@@ -85,6 +85,7 @@ class LaneTracer(Tracer):
     def _close(self) -> None:
         for invoke in self._invokes:
             invoke.run.close()
+            invoke.driver.kill()  # one that waits for the engine would do so for ever
         super()._close()
 
     def _run_invokes(self) -> None:
