@@ -346,28 +346,6 @@ def test_async_with_is_refused(load):
         module.call().send(None)
 
 
-class Awaited(Later):
-    """As `Later`, entered by `async with`."""
-
-    def __aenter__(self):
-        self.frame = sys._getframe(1)
-        self.block = capture(self.frame, waits=True)
-        self.scope = Scope(self.frame)
-        return self
-
-    def __await__(self):
-        return self
-
-    def __next__(self):
-        stop, frame = StopIteration("the value that nobody sees"), self.frame
-        skip_body(frame)
-        raise stop
-
-    async def __aexit__(self, *error):
-        await asyncio.sleep(0)
-        return self.__exit__(*error)
-
-
 def test_an_async_with_may_be_taken(load):
     module = load(
         """
@@ -387,8 +365,7 @@ def test_an_async_with_may_be_taken(load):
         async def first():
             async with Awaited(), asyncio.Lock():
                 pass
-        """,
-        Awaited=Awaited,
+        """
     )
     tracer = sys.gettrace()
 
