@@ -80,8 +80,8 @@ class Running:
         self.llm: Any = None
         try:
             self.call(self._start(name, options)).result()
-        except BaseException:
-            self.close()
+        except BaseException:  # an interrupted start goes on, and is ended when it is done
+            threading.Thread(target=self.close, daemon=True).start()
             raise
         processes = self.llm.engine_core.resources.engine_manager.processes
         threading.Thread(target=self._watch, args=(processes,), name="nnsight-vllm-watch", daemon=True).start()

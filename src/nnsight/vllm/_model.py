@@ -103,7 +103,12 @@ class VLLM(LanguageModel):
         prompts = inputs[0] if several else [inputs[0]]
         requests = [(prompt_of(prompt, self.tokenizer), sampling_of(kwargs)) for prompt in prompts]
         running = self._client.running()
-        return running.submit(running.complete(requests)).result()
+        outputs = running.submit(running.complete(requests))
+        try:
+            return outputs.result()
+        except BaseException:  # an interrupt, too, takes them out of the engine
+            outputs.cancel()
+            raise
 
 
 def _check(model: str, options: Mapping[str, Any]) -> None:
