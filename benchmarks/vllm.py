@@ -55,6 +55,11 @@ def plain(engine, prompts):
     return [list(one.outputs[0].token_ids) for one in found]
 
 
+def plain_ours(model, prompts):
+    found = model.trace(prompts, trace=False, max_tokens=TOKENS, ignore_eos=True)
+    return [list(one.outputs[0].token_ids) for one in found]
+
+
 def with_blocks(model, prompts, vector):
     with model.trace(max_tokens=TOKENS, ignore_eos=True) as tracer:
         for ids in prompts:
@@ -111,7 +116,7 @@ def main():
         module = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
     runs = {
         "plain vLLM": lambda: plain(engine, prompts),
-        "ours, no blocks": lambda: plain(ours._engine, prompts),
+        "ours, no blocks": lambda: plain_ours(ours, prompts),
         "steering as a spec": lambda: with_spec(ours, prompts, vector),
         "steering as a block": lambda: with_blocks(ours, prompts, vector),
         "reads at each step": lambda: with_reads(ours, prompts, vector),

@@ -1,5 +1,6 @@
 """A context manager that runs its block where its body would have run, and modules made from text."""
 
+import asyncio
 import importlib.util
 import os
 import subprocess
@@ -43,6 +44,28 @@ class Later:
         return True
 
 
+class Awaited(Later):
+    """As `Later`, entered by `async with`."""
+
+    def __aenter__(self):
+        self.frame = sys._getframe(1)
+        self.block = capture(self.frame, waits=True)
+        self.scope = Scope(self.frame)
+        return self
+
+    def __await__(self):
+        return self
+
+    def __next__(self):
+        stop, frame = StopIteration("the value that nobody sees"), self.frame
+        skip_body(frame)
+        raise stop
+
+    async def __aexit__(self, *error):
+        await asyncio.sleep(0)
+        return self.__exit__(*error)
+
+
 @pytest.fixture(name="Later")
 def later_class():
     return Later
@@ -57,7 +80,7 @@ def load(tmp_path):
         path.write_text(source if source.startswith("#raw") else dedent(source), encoding="utf-8", newline="")
         spec = importlib.util.spec_from_file_location(f"{name}_{os.urandom(4).hex()}", path)
         module = importlib.util.module_from_spec(spec)
-        vars(module).update({"Later": Later} | names)
+        vars(module).update({"Later": Later, "Awaited": Awaited} | names)
         spec.loader.exec_module(module)
         return module
 

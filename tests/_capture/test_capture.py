@@ -1,6 +1,7 @@
 """Which block is found, its text, and what is refused."""
 
 import ast
+import asyncio
 import contextlib
 import dataclasses
 import json
@@ -343,6 +344,38 @@ def test_async_with_is_refused(load):
     )
     with pytest.raises(CaptureError, match="`async with` cannot run later"):
         module.call().send(None)
+
+
+def test_an_async_with_may_be_taken(load):
+    module = load(
+        """
+        import asyncio
+        async def call(factor):
+            before = [factor]
+            async with asyncio.Lock(), Awaited() as step:
+                product = factor * 2
+                before.append(product)
+            try:
+                async with \\
+                    Awaited():
+                    raise KeyError(product)
+            except KeyError as error:
+                before.append(error.args[0] + 1)
+            return before, product
+        async def first():
+            async with Awaited(), asyncio.Lock():
+                pass
+        """
+    )
+    tracer = sys.gettrace()
+
+    async def both():
+        return await asyncio.gather(module.call(3), module.call(5))
+
+    assert asyncio.run(both()) == [([3, 6, 7], 6), ([5, 10, 11], 10)]
+    assert sys.gettrace() is tracer
+    with pytest.raises(CaptureError, match="must come last"):
+        asyncio.run(module.first())
 
 
 def test_calls_that_are_no_with_are_refused():

@@ -15,25 +15,30 @@ from ._text import Text, cut
 _blocks: IdentityCache[object, Block] = IdentityCache(1024)
 
 
-def capture(frame: FrameType) -> Block:
+def capture(frame: FrameType, *, waits: bool = False) -> Block:
     """The block of the with-statement that `frame` is about to enter; call it from `__enter__`.
+
+    With `waits`, it is that of an `async with`, and called from `__aenter__`.
 
     Raises:
         CaptureError: There is no source, it has changed, or the body cannot run as a function of its own.
     """
     found = _blocks.get(frame.f_code, frame.f_lasti)
     if found is None:
-        found = _capture(frame)
+        found = _capture(frame, waits)
         _blocks.put(frame.f_code, found, frame.f_lasti)
     return found
 
 
-def _capture(frame: FrameType) -> Block:
+def _capture(frame: FrameType, waits: bool) -> Block:
     entry = entry_at(frame.f_code, frame.f_lasti)
     around = block_of(frame.f_code)
     text, site, item = _in_block(around, entry, frame) if around else _in_file(entry, frame)
     if isinstance(site.node, ast.AsyncWith):
-        raise CaptureError(f"{where(frame)}: `async with` cannot run later; write `with`.")
+        if not waits:
+            raise CaptureError(f"{where(frame)}: `async with` cannot run later; write `with`.")
+        if item != len(site.node.items) - 1:
+            raise CaptureError(f"{where(frame)}: in an `async with` of several, the trace must come last.")
     refuse_leaving(site.node.body)
     return _block(text, site, item, frame)
 
@@ -62,7 +67,6 @@ def _in_block(around: Block, entry: Entry, frame: FrameType) -> tuple[Text, Site
 
 
 def _block(text: Text, site: Site, item: int, frame: FrameType) -> Block:
-    assert isinstance(site.node, ast.With)
     target = site.node.items[item].optional_vars
     part = cut(text, site.node, item)
     bare = Block(

@@ -8,6 +8,7 @@ dies, and its end puts back what it had displaced, before `__exit__` is called.
 
 import sys
 from collections.abc import Callable
+from dis import opname
 from types import FrameType
 from typing import Any
 
@@ -64,6 +65,10 @@ def _report_returns(tracer: Any, inner: FrameType, outer: FrameType) -> None:
         frame = frame.f_back
 
 
+# They end the awaiting of `__aenter__`, where the statement does not catch exceptions yet.
+_STILL_OUTSIDE = ("END_SEND", "SETUP_ASYNC_WITH")
+
+
 class _Shot:
     """The trace function of the frame. Nothing else may refer to it: its end is what restores the tracers."""
 
@@ -78,6 +83,8 @@ class _Shot:
 
     def __call__(self, frame: FrameType, event: str, arg: object) -> Any:
         if event in ("line", "opcode"):
+            if opname[frame.f_code.co_code[frame.f_lasti]] in _STILL_OUTSIDE:
+                return self
             del self, frame, arg  # the traceback of the exception must not keep them
             raise _Skip
         self._restore(self.local)  # `__enter__` raised

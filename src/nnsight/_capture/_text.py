@@ -70,7 +70,7 @@ def split_lines(source: str) -> list[str]:
     return [line + "\n" for line in source.split("\n")]
 
 
-def cut(text: Text, with_: ast.With, item: int) -> Text:
+def cut(text: Text, with_: ast.With | ast.AsyncWith, item: int) -> Text:
     """What runs inside item number `item` of a with-statement of `text`: the other items and the body."""
     lines = text.lines
     part = _body(lines, with_) if item == len(with_.items) - 1 else _rest(lines, with_, item)
@@ -82,7 +82,7 @@ def cut(text: Text, with_: ast.With, item: int) -> Text:
     return part
 
 
-def _body(lines: list[str], with_: ast.With) -> Text:
+def _body(lines: list[str], with_: ast.With | ast.AsyncWith) -> Text:
     first = with_.body[0]
     start = min([first.lineno, *(node.lineno for node in getattr(first, "decorator_list", ()))])
     line = lines[start - 1].encode()
@@ -93,7 +93,7 @@ def _body(lines: list[str], with_: ast.With) -> Text:
     return _joined(line[len(indent) :].decode(), len(indent), lines, with_, start, indent)
 
 
-def _rest(lines: list[str], with_: ast.With, item: int) -> Text:
+def _rest(lines: list[str], with_: ast.With | ast.AsyncWith, item: int) -> Text:
     """`with a, b: …` less the items up to `item`, by the comma that follows that one."""
     row, column, depth = _comma(lines, with_, item)
     line = lines[row - 1].encode()[column:].decode()
@@ -104,7 +104,7 @@ def _rest(lines: list[str], with_: ast.With, item: int) -> Text:
     return _joined(prefix + shown, margin, lines, with_, row, indent)
 
 
-def _joined(first: str, margin: int, lines: list[str], with_: ast.With, row: int, indent: str) -> Text:
+def _joined(first: str, margin: int, lines: list[str], with_: ast.With | ast.AsyncWith, row: int, indent: str) -> Text:
     """The line given and those that follow it in the statement, dedented but for the insides of strings."""
     end = with_.end_lineno or row
     kept = set(_string_lines(with_))
@@ -123,7 +123,7 @@ def _string_lines(tree: ast.AST) -> Iterator[int]:
             yield from range(node.lineno + 1, node.end_lineno + 1)
 
 
-def _comma(lines: list[str], with_: ast.With, item: int) -> tuple[int, int, int]:
+def _comma(lines: list[str], with_: ast.With | ast.AsyncWith, item: int) -> tuple[int, int, int]:
     """Line and column behind the comma after an item, and how many parentheses are open there."""
     start, depth = (with_.lineno, with_.col_offset + len("with")), 0
     for index in range(item + 2):
@@ -148,7 +148,7 @@ def _between(lines: list[str], start: tuple[int, int], end: tuple[int, int]) -> 
         row, column = row + 1, 0
 
 
-def _check(part: Text, with_: ast.With, item: int) -> None:
+def _check(part: Text, with_: ast.With | ast.AsyncWith, item: int) -> None:
     """Refuse a text that does not mean what the statement meant."""
     rest = with_.items[item + 1 :]
     meant = [ast.With(items=rest, body=with_.body)] if rest else with_.body

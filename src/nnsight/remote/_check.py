@@ -142,9 +142,11 @@ def _statements_after(block: Block) -> list[ast.stmt] | None:
 
 def _path_to(tree: ast.AST, line: int) -> list[ast.AST] | None:
     for child in ast.iter_child_nodes(tree):
-        if isinstance(child, ast.With) and child.lineno == line:
+        if isinstance(child, (ast.With, ast.AsyncWith)) and child.lineno == line:
             return [tree, child]
-        if isinstance(child, ast.With) and any(item.context_expr.lineno == line for item in child.items):
+        if isinstance(child, (ast.With, ast.AsyncWith)) and any(
+            item.context_expr.lineno == line for item in child.items
+        ):
             return [tree, child]
         if getattr(child, "lineno", line) <= line <= (getattr(child, "end_lineno", None) or line):
             found = _path_to(child, line)

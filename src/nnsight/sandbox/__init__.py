@@ -17,6 +17,7 @@ from ._pipe import PROBLEM as PROBLEM
 from ._pipe import READY as READY
 from ._pipe import STOPPED as STOPPED
 from ._pipe import Pipe as Pipe
+from ._rebuild import Files as Files
 from ._together import can_share as can_share
 from ._together import execute_together as execute_together
 from ._zygote import Zygote as Zygote

@@ -36,7 +36,15 @@ Emit = Callable[[Event], None]
 _PACKAGE = os.path.dirname(os.path.dirname(os.path.abspath(__file__))) + os.sep
 
 
-def execute(frame: bytes, served: NNsight, emit: Emit, *, forward_warnings: bool = True, seeded: bool = True) -> bytes:
+def execute(
+    frame: bytes,
+    served: NNsight,
+    emit: Emit,
+    *,
+    forward_warnings: bool = True,
+    seeded: bool = True,
+    files: Files | None = None,
+) -> bytes:
     """Run the job in a frame, and give the frame of its answer or failure.
 
     Args:
@@ -45,6 +53,7 @@ def execute(frame: bytes, served: NNsight, emit: Emit, *, forward_warnings: bool
         emit: Called with what the block prints and warns of.
         seeded: Draw its random numbers from the job's own seed; a process that runs several blocks by turns cannot.
         forward_warnings: Send warnings of the block to `emit`; they stay in this process otherwise.
+        files: Is given the job's sources while it runs; a process that runs several blocks by turns shows each its own.
     """
     try:
         job, payload = read_job(frame)
@@ -54,7 +63,7 @@ def execute(frame: bytes, served: NNsight, emit: Emit, *, forward_warnings: bool
     try:
         reader = JobReader(job, payload, printer(emit))
         with _warnings_to(emit) if forward_warnings else nullcontext():
-            answer, tensors = _run(job, reader, served, seeded)
+            answer, tensors = _run(job, reader, served, seeded, files or Files())
         return write_frame(answer, tensors)
     except BaseException as error:
         if isinstance(error, KeyboardInterrupt):
@@ -62,7 +71,7 @@ def execute(frame: bytes, served: NNsight, emit: Emit, *, forward_warnings: bool
         return write_frame(_failure(error, job, reader))
 
 
-def _run(job: Job, reader: JobReader, served: NNsight, seeded: bool) -> tuple[Answer, TensorWriter]:
+def _run(job: Job, reader: JobReader, served: NNsight, seeded: bool, files: Files) -> tuple[Answer, TensorWriter]:
     models = models_for(job, served)
     reader.models = models
     for model, state in zip(models, job.models, strict=True):
@@ -72,7 +81,8 @@ def _run(job: Job, reader: JobReader, served: NNsight, seeded: bool) -> tuple[An
     args = tuple(reader.decode(value) for value in job.args)
     kwargs = {name: reader.decode(value) for name, value in job.kwargs.items()}
     given = Given(reader.containers, reader.tensors)
-    with Files(reader.files), _random_numbers(job.seed if seeded else None), collecting_saves() as saved:
+    random_numbers = _random_numbers(job.seed if seeded else None)
+    with files.holding(reader.files), random_numbers, collecting_saves() as saved:
         _run_block(models[0], job, block, scope, args, kwargs)
     encoder = Encoder(given.extend, data_only=True)
     return write_answer(encoder, block, scope, saved, given), encoder.tensors

@@ -7,9 +7,10 @@ import builtins
 import importlib
 import linecache
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from types import ModuleType
-from typing import Any
+from typing import Any, ClassVar
 
 from .._capture import Block, Scope
 from ..envoy import Envoy
@@ -146,23 +147,45 @@ class JobReader(Decoder):
 
 
 class Files:
-    """The sources of a job in Python's cache of source lines, for as long as it runs."""
+    """The sources of a job in Python's cache of source lines, for as long as it runs.
 
-    def __init__(self, files: dict[str, list[str]]) -> None:
-        self._files = files
-        self._before: dict[str, Any] = {}
+    Where jobs run by turns, `show` puts back those of the one whose turn it is: files of one name need not be the same.
+    """
 
-    def __enter__(self) -> None:
-        for filename, lines in self._files.items():
-            self._before[filename] = linecache.cache.get(filename)
-            linecache.cache[filename] = (sum(map(len, lines)), None, lines, filename)
+    _before: ClassVar[dict[str, Any]] = {}  # what the cache had of each file before the first job
+    _held: ClassVar[dict[str, list[Files]]] = {}
 
-    def __exit__(self, *_error: object) -> None:
-        for filename, before in self._before.items():
+    def __init__(self) -> None:
+        self._entries: dict[str, Any] = {}
+
+    @contextmanager
+    def holding(self, files: dict[str, list[str]]) -> Iterator[None]:
+        """Keep the lines of these files."""
+        for name, lines in files.items():
+            self._entries[name] = (sum(map(len, lines)), None, lines, name)
+            if not self._held.setdefault(name, []):
+                self._before[name] = linecache.cache.get(name)
+            self._held[name].append(self)
+        self.show()
+        try:
+            yield
+        finally:
+            self._let_go()
+
+    def show(self) -> None:
+        """Put the lines into the cache again, where another job may have put others."""
+        linecache.cache.update(self._entries)
+
+    def _let_go(self) -> None:
+        for name in self._entries:
+            others = self._held[name]
+            others.remove(self)
+            before = others[-1]._entries[name] if others else self._before.pop(name)
             if before is None:
-                linecache.cache.pop(filename, None)
+                linecache.cache.pop(name, None)
             else:
-                linecache.cache[filename] = before
+                linecache.cache[name] = before
+        self._entries = {}
 
 
 def _block(text: BlockText) -> Block:

@@ -117,7 +117,7 @@ def _run(members: list[_Member], served: NNsight) -> list[bytes]:
             stack.enter_context(warnings.catch_warnings())
             warnings.simplefilter("error")
             for member in members:
-                stack.enter_context(Files(member.reader.files))
+                stack.enter_context(Files().holding(member.reader.files))
             saved = stack.enter_context(collecting_saves())
             with torch.inference_mode(first.inference), torch.set_grad_enabled(first.grad):
                 _trace(members, first, served)

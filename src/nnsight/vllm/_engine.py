@@ -14,7 +14,6 @@ from transformers.modeling_outputs import CausalLMOutput
 
 from .._core import INPUT, OUTPUT, Place
 from ..errors import EditError, EngineError, NNsightError
-from ..trace import Given
 from ._bridge import Inputs, Output, bridge_of, fill, own, versions_of
 from ._lane import Lane
 from ._messages import EXTRA
@@ -34,7 +33,6 @@ class Engine:
         self.waiting: dict[str, Lane] = {}  # by key, until their request comes
         self._known: dict[str, Lane] = {}  # by the engine's name of the request
         self._lanes: list[Lane] = []  # of the current step
-        self.new_lane: Callable[[Given], Lane]  # for the job that runs now
         self._installed = False
         self._hidden: Any = None  # what leaves the layers at this step
         self._compute_logits: Forward
@@ -64,6 +62,16 @@ class Engine:
         self._known = {name: known for name, known in self._known.items() if known is not lane}
         if not self.waiting and not self._known:
             self._remove()
+
+    def living(self) -> dict[str, int]:
+        """How many lanes there are, and modules with a forward of ours."""
+        replaced = sum("forward" in vars(module) for module in self._places)
+        return {
+            "waiting": len(self.waiting),
+            "lanes": len(self._known),
+            "of the step": len(self._lanes),
+            "forwards": replaced,
+        }
 
     # --- standing in the model -----------------------------------------------------------------------------------
 
@@ -311,6 +319,9 @@ class Engine:
         with lane.visiting():
             value = lane.main.touch(SAMPLES, shown)
         if lane.lives and (value is not shown or _differ(before)):
+            vocabulary = self.runner.model_config.get_vocab_size()
+            if isinstance(value, torch.Tensor) and not 0 <= int(value.min()) <= int(value.max()) < vocabulary:
+                raise EditError(f"model.samples takes tokens 0 to {vocabulary - 1} here, not {value.tolist()}.")
             value = value if self._parts is None else self._parts.agree(value)
             fill(rows, value.to(rows.dtype).view(1, 1, -1), "model.samples")
 

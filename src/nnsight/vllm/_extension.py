@@ -6,6 +6,7 @@ from typing import Any
 
 from ._engine import Engine
 from ._jobs import Job
+from ._messages import Reply, encode
 from ._served import ServedModel
 
 
@@ -15,19 +16,28 @@ class WorkerExtension:
     def nnsight_begin(self, number: str, frame: bytes) -> bytes:
         """Begin a job, and say what requests it needs."""
         engine, served, jobs = self._nnsight_parts()
-        job = jobs[number] = Job(engine, served, number, frame)
-        return job.begin()
+        jobs[number] = Job(engine, served, number, frame)
+        return self._nnsight_reply(number, jobs[number].begin())
 
     def nnsight_go_on(self, number: str, results: list[Any]) -> bytes:
         """Hand in the results of the requests of a job."""
-        jobs = self._nnsight_parts()[2]
-        return jobs[number].go_on(results)
+        return self._nnsight_reply(number, self._nnsight_parts()[2][number].go_on(results))
+
+    def _nnsight_reply(self, number: str, reply: Reply) -> bytes:
+        if reply.answer is not None:
+            self.nnsight_end(number)
+        return encode(reply)
 
     def nnsight_end(self, number: str) -> None:
         """Let go of a job."""
         job = self._nnsight_parts()[2].pop(number, None)
         if job is not None:
             job.close()
+
+    def nnsight_living(self) -> dict[str, int]:
+        """How much there is of jobs: all of it is over when every number is 0."""
+        engine, _, jobs = self._nnsight_parts()
+        return {"jobs": len(jobs), **engine.living()}
 
     def _nnsight_parts(self) -> tuple[Engine, ServedModel, dict[str, Job]]:
         found = vars(self).get("_nnsight")

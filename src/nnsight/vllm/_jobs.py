@@ -8,11 +8,12 @@ import torch
 
 from .._core import Coroutine, capture_modes, switch_modes
 from ..errors import EngineError, InputError
-from ..sandbox import execute
+from ..protocol import Event, write_frame
+from ..sandbox import Files, describe_failure, execute
 from ..trace import Given
 from ._engine import Engine
-from ._lane import Lane
-from ._messages import Ask, Reply, encode
+from ._lane import Lane, lane_maker
+from ._messages import Ask, Reply
 from ._served import ServedModel
 
 
@@ -27,23 +28,30 @@ class Job:
         self._printed: list[str] = []
         self._count = 0
         self._answer: bytes | None = None
+        self._files = Files()
 
         def main() -> None:
-            self._answer = execute(
-                frame, served, lambda event: self._printed.append(event.text), forward_warnings=False, seeded=False
-            )
+            lane_maker.set(self._new_lane)  # in the context of this coroutine, and those begun in it
+            try:
+                self._answer = execute(
+                    frame, served, self._print, forward_warnings=False, seeded=False, files=self._files
+                )
+            except KeyboardInterrupt as error:  # of the block: the engine's own come elsewhere
+                self._answer = write_frame(describe_failure(error, lambda _: True))
 
         self._coroutine = Coroutine(main)
 
-    def begin(self) -> bytes:
+    def _print(self, event: Event) -> None:
+        self._printed.append(event.text)
+
+    def begin(self) -> Reply:
         """Run the block until it needs requests, or ends."""
         self._resume()
         return self._reply()
 
-    def go_on(self, results: list[Any]) -> bytes:
+    def go_on(self, results: list[Any]) -> Reply:
         """The requests are over, each with `[prompt, tokens]` or a text that says why not."""
         lanes, self._lanes = self._lanes, []
-        self._engine.new_lane = self._new_lane
         for lane, result in zip(lanes, results, strict=True):
             self._engine.forget(lane)
             if isinstance(result, str):
@@ -57,25 +65,30 @@ class Job:
 
     def close(self) -> None:
         """End it, wherever it stands."""
-        for lane in self._lanes:
+        for lane in (*self._lanes, *self._asked):
             self._engine.forget(lane)
+        self._lanes, self._asked = [], []
         self._coroutine.kill()
 
     def _resume(self) -> None:
         modes = capture_modes()
-        self._engine.new_lane = self._new_lane
+        self._files.show()
         self._coroutine.resume()
         switch_modes(capture_modes(), modes)
 
-    def _reply(self) -> bytes:
+    def _reply(self) -> Reply:
         asked, self._asked = self._asked, []
         printed, self._printed = self._printed, []
         self._lanes += asked
-        return encode(Reply([lane.ask for lane in asked], self._answer, printed))
+        return Reply([lane.ask for lane in asked], self._answer, printed)
 
     def _new_lane(self, given: Given) -> Lane:
         self._count += 1
-        return Lane(Ask(f"{self._number}:{self._count}", _prompt(given.args), dict(given.kwargs)), self._hand_in)
+        return Lane(
+            Ask(f"{self._number}:{self._count}", _prompt(given.args), dict(given.kwargs)),
+            self._hand_in,
+            self._files.show,
+        )
 
     def _hand_in(self, lane: Lane) -> None:
         self._asked.append(lane)

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
+from contextvars import ContextVar
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -19,7 +20,12 @@ from ..errors import NNsightError
 
 if TYPE_CHECKING:
     from .._core import Run
+    from ..trace import Given
     from ._messages import Ask
+
+
+# Makes the lanes of the job whose code runs.
+lane_maker: ContextVar[Callable[[Given], Lane]] = ContextVar("nnsight_lane_maker")
 
 
 class LaneInstruments(Instruments):
@@ -46,7 +52,7 @@ class Lane:
     `start` and `stop` are its rows in the engine's batch while it takes part in the current step, `row` its number there.
     """
 
-    def __init__(self, ask: Ask, hand_in: Callable[[Lane], None]) -> None:
+    def __init__(self, ask: Ask, hand_in: Callable[[Lane], None], take_turn: Callable[[], None]) -> None:
         self.ask = ask
         self.result: Any = None
         self.run: Run | None = None
@@ -55,6 +61,7 @@ class Lane:
         self.start = self.stop = self.row = 0
         self._over = self._waited_for = False
         self._hand_in = hand_in
+        self._take_turn = take_turn  # before the block goes on, beside others
         self._driver: Coroutine | None = None
 
     def __call__(self) -> Any:
@@ -121,6 +128,7 @@ class Lane:
     def visiting(self) -> Iterator[None]:
         """The block runs in here, in modes of its own, and comes back when it waits or ends."""
         modes = capture_modes()
+        self._take_turn()
         if self._driver:
             self._driver.parent = getcurrent()
         try:

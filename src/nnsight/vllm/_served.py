@@ -117,7 +117,6 @@ class ServedModel(NNsight):
 
     def __init__(self, engine: Engine, load_tokenizer: Callable[[], Any]) -> None:
         super().__init__(engine.root)
-        self._engine = engine
         self._load_tokenizer = load_tokenizer
         self._tokenizer: Any = None
         tree = self._tree
@@ -226,6 +225,6 @@ class ServedModel(NNsight):
     def trace(self, *inputs: Any, strict_order: bool = False, **kwargs: Any) -> Any:
         """A trace whose inputs are requests of the engine."""
         given = Given(inputs, {}) if inputs else None
-        return LaneTracer(self._tree, self._engine, given, kwargs, self._edits, strict_order)
+        return LaneTracer(self._tree, given, kwargs, self._edits, strict_order)
 
     generate = trace

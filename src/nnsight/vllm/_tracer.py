@@ -4,17 +4,14 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable, Sequence
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from .._capture import Block, Scope
 from .._core import Call, Coroutine, Run, Worker
 from ..envoy import Tree
 from ..errors import InputError, NoInputError, NotTracingError
 from ..trace import Dataflow, Deferred, Given, Prepared, Tracer
-from ._lane import LanePass, hand_over
-
-if TYPE_CHECKING:
-    from ._engine import Engine
+from ._lane import LanePass, hand_over, lane_maker
 
 
 class _Invoke:
@@ -43,11 +40,8 @@ class LaneTracer(Tracer):
     Those that read what an earlier one binds begin when that is over.
     """
 
-    def __init__(
-        self, tree: Tree, engine: Engine, given: Given | None, params: dict[str, Any], edits: Any, strict_order: bool
-    ) -> None:
+    def __init__(self, tree: Tree, given: Given | None, params: dict[str, Any], edits: Any, strict_order: bool) -> None:
         super().__init__(tree, self._prepare_lane, given, edits=edits, strict_order=strict_order)
-        self._engine = engine
         self._params = params
         self._invokes: list[_Invoke] = []
 
@@ -58,7 +52,7 @@ class LaneTracer(Tracer):
         return Prepared(self._call_of(givens[0], self._run), [1])
 
     def _call_of(self, given: Given, run: Run) -> Call:
-        lane = self._engine.new_lane(Given(given.args, {**self._params, **given.kwargs}))
+        lane = lane_maker.get()(Given(given.args, {**self._params, **given.kwargs}))
         lane.run = run
         return Call(lane, (), {}, repeatable=False, passes=LanePass)
 
@@ -91,6 +85,7 @@ class LaneTracer(Tracer):
     def _close(self) -> None:
         for invoke in self._invokes:
             invoke.run.close()
+            invoke.driver.kill()  # one that waits for the engine would do so for ever
         super()._close()
 
     def _run_invokes(self) -> None:
