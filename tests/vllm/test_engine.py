@@ -246,3 +246,10 @@ class TestErrors:
 
         with pytest.raises(InputError, match=match):
             VLLM(folders["gpt2"], **options)
+
+    def test_the_second_model_runner(self, folders, monkeypatch):
+        from nnsight.modeling.vllm import VLLM
+
+        monkeypatch.setenv("VLLM_USE_V2_MODEL_RUNNER", "1")
+        with pytest.raises(InputError, match="second model runner"):
+            VLLM(folders["gpt2"])

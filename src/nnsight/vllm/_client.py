@@ -19,6 +19,8 @@ from ._messages import Reply, decode_reply
 from ._requests import Request
 
 T = TypeVar("T")
+RUNNER = "VLLM_USE_V2_MODEL_RUNNER"
+"""What vLLM reads in its environment to choose one of its two model runners."""
 
 
 class Client:
@@ -90,6 +92,8 @@ class Running:
         from vllm.engine.arg_utils import AsyncEngineArgs  # pyright: ignore[reportMissingImports]
         from vllm.v1.engine.async_llm import AsyncLLM  # pyright: ignore[reportMissingImports]
 
+        # Blocks find their rows in the batch of vLLM's first model runner.
+        os.environ.setdefault(RUNNER, "0")
         arguments = AsyncEngineArgs(model=name, **{"disable_log_stats": True, **options})
         self.llm = AsyncLLM.from_engine_args(arguments)
 

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Mapping
 from typing import Any
 
 from ..errors import EngineError, InputError
 from ..modeling import LanguageModel
 from ..remote import Order
-from ._client import Client
+from ._client import RUNNER, Client
 from ._requests import prompt_of, sampling_of
 from ._sent import EngineTracer
 
@@ -117,6 +118,8 @@ def _check(model: str, options: Mapping[str, Any]) -> None:
     for name in _OURS:
         if name in options:
             raise InputError(f"{name}= is what VLLM itself uses to reach the engine, and cannot be given.")
+    if os.environ.get(RUNNER, "0") != "0":
+        raise InputError(f"{RUNNER} asks for vLLM's second model runner, which is not supported: unset it, or set it to 0.")
     if options.get("pipeline_parallel_size", 1) != 1:
         raise InputError("pipeline_parallel_size= other than 1 is not supported: a block runs where all layers are.")
     if not options.get("enforce_eager", True):
