@@ -119,7 +119,9 @@ def _check(model: str, options: Mapping[str, Any]) -> None:
         if name in options:
             raise InputError(f"{name}= is what VLLM itself uses to reach the engine, and cannot be given.")
     if os.environ.get(RUNNER, "0") != "0":
-        raise InputError(f"{RUNNER} asks for vLLM's second model runner, which is not supported: unset it, or set it to 0.")
+        raise InputError(
+            f"{RUNNER} asks for vLLM's second model runner, which is not supported: unset it, or set it to 0."
+        )
     if options.get("pipeline_parallel_size", 1) != 1:
         raise InputError("pipeline_parallel_size= other than 1 is not supported: a block runs where all layers are.")
     if not options.get("enforce_eager", True):
