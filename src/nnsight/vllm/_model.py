@@ -11,7 +11,7 @@ from .._capture import Block, Scope, bind
 from ..errors import EngineError, InputError
 from ..modeling import LanguageModel
 from ..remote import JobWriter, Order, RemoteTracer, bind_names, check_saved, read_answer
-from ._messages import EXTRA, Ask, decode_reply
+from ._messages import Ask, decode_reply
 
 _EXTENSION = "nnsight.vllm._extension.WorkerExtension"
 _SCHEDULER = "nnsight.vllm._scheduler.LaneScheduler"
@@ -130,9 +130,10 @@ class VLLM(LanguageModel):
         prompts, params, results = [], [], {}
         for number, ask in enumerate(asks):
             try:
-                prompt = self._prompt(ask.prompt, salt=ask.key)
-                sampling = _sampling(ask.params, {EXTRA: ask.key})
-                self._check_length(prompt)
+                prompt = ask.salted(self._prompt(ask.prompt))
+                sampling = _sampling(ask.params, ask.extra())
+                if ask.attended:
+                    self._check_length(prompt)
             except (InputError, ValueError, TypeError) as error:
                 results[number] = str(error)
                 continue
@@ -141,15 +142,14 @@ class VLLM(LanguageModel):
         outputs = iter(self._engine.generate(prompts, params, use_tqdm=False) if prompts else ())
         return [results[i] if i in results else _result(next(outputs)) for i in range(len(asks))]
 
-    def _prompt(self, prompt: Any, salt: str | None = None) -> dict[str, Any]:
+    def _prompt(self, prompt: Any) -> dict[str, Any]:
         if isinstance(prompt, str):
             ids = self.tokenizer(prompt)["input_ids"]
         elif prompt and isinstance(prompt[0], dict):
             ids = self.tokenizer.apply_chat_template(prompt, add_generation_prompt=True, return_dict=True)["input_ids"]
         else:
             ids = list(prompt)
-        # With a salt of its own, a request finds no cached tokens of others, and leaves none that a block has changed.
-        return {"prompt_token_ids": ids, **({"cache_salt": salt} if salt else {})}
+        return {"prompt_token_ids": ids}
 
     def _check_length(self, prompt: dict[str, Any]) -> None:
         most = self._engine.llm_engine.vllm_config.scheduler_config.max_num_batched_tokens

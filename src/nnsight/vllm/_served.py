@@ -12,6 +12,7 @@ from .._core import OUTPUT
 from ..errors import EditError, NamesError
 from ..modeling import NNsight, show_block_output, take_block_output
 from ..trace import Given
+from ._compiled import compile_edits
 from ._engine import SAMPLES, Engine
 from ._lane import LaneInstruments
 from ._tracer import LaneTracer
@@ -46,6 +47,10 @@ class Values:
     def __len__(self) -> int:
         return len(self._layers)
 
+    def place(self, layer: int) -> tuple[Module, str] | None:
+        """The module and the kind, where this can be changed."""
+        return None if self._part and self._kind == "input" else (self._envoy(layer)._module, self._kind)
+
     def __getitem__(self, layer: int) -> torch.Tensor:
         value = getattr(self._envoy(layer), self._kind)
         return value[0] if self._kind == "output" and not isinstance(value, torch.Tensor) else value
@@ -64,6 +69,10 @@ class Site(NamedTuple):
     values: Any
     stack: str = ""
     axes: tuple[str, ...] = ("batch", "pos", "d_model")
+
+    def place(self) -> tuple[Module, str] | None:
+        """The module and the kind, where this is a value of all tokens that can be exchanged."""
+        return None if self.name == "logits" else self.values.place(self.layer)
 
     def read(self) -> torch.Tensor:
         """The value, in a trace."""
@@ -90,6 +99,10 @@ class Once:
     def write(self, value: torch.Tensor) -> None:
         """Put a value in its place."""
         self._envoy.output = value
+
+    def place(self, _layer: None) -> tuple[Module, str]:
+        """The module and the kind."""
+        return self._envoy._module, OUTPUT
 
 
 class Logits(torch.Tensor):
@@ -226,6 +239,21 @@ class ServedModel(NNsight):
     def trace(self, *inputs: Any, strict_order: bool = False, **kwargs: Any) -> Any:
         """A trace whose inputs are requests of the engine."""
         given = Given(inputs, {}) if inputs else None
-        return LaneTracer(self._tree, self._engine, given, kwargs, self._edits, strict_order)
+        spec = compile_edits(self._edits, self._place_of, self._engine.width)
+        return LaneTracer(self._tree, self._engine, given, kwargs, self._edits, strict_order, spec)
+
+    def _place_of(self, target: Any, kind: str) -> tuple[Module, str] | None:
+        """The module and the kind of a value `[pos, d_model]` that can be changed in all requests at once."""
+        if isinstance(target, Site):
+            return target.place()
+        if type(self._module).__name__ not in FAMILIES:
+            return None
+        module = getattr(target, "_module", None)
+        for name in (*_IN_LAYERS, "embed", "final_norm"):
+            for layer in range(len(self.layers)) if name in _IN_LAYERS else (None,):
+                place = self.site(name, layer).place()
+                if place == (module, kind):
+                    return place
+        return None
 
     generate = trace

@@ -14,6 +14,7 @@ from ..trace import Dataflow, Deferred, Given, Prepared, Tracer
 from ._lane import LanePass, hand_over
 
 if TYPE_CHECKING:
+    from ._compiled import Compiled
     from ._engine import Engine
 
 
@@ -44,10 +45,21 @@ class LaneTracer(Tracer):
     """
 
     def __init__(
-        self, tree: Tree, engine: Engine, given: Given | None, params: dict[str, Any], edits: Any, strict_order: bool
+        self,
+        tree: Tree,
+        engine: Engine,
+        given: Given | None,
+        params: dict[str, Any],
+        edits: Any,
+        strict_order: bool,
+        spec: Compiled | None,
     ) -> None:
-        super().__init__(tree, self._prepare_lane, given, edits=edits, strict_order=strict_order)
+        super().__init__(
+            tree, self._prepare_lane, given, edits=edits if spec is None else (), strict_order=strict_order
+        )
         self._engine = engine
+        self._spec = spec
+        self._held = () if spec is None else edits  # that the spec stands for, as long as no block sees the values
         self._params = params
         self._invokes: list[_Invoke] = []
 
@@ -59,7 +71,8 @@ class LaneTracer(Tracer):
 
     def _call_of(self, given: Given, run: Run) -> Call:
         lane = self._engine.new_lane(Given(given.args, {**self._params, **given.kwargs}))
-        lane.run = run
+        lane.run, lane.spec, lane.edits = run, self._spec, self._held
+        run.lone = run.lone and not self._held
         return Call(lane, (), {}, repeatable=False, passes=LanePass)
 
     def _add_invoke(
