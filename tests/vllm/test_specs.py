@@ -3,22 +3,24 @@
 import pytest
 import torch
 
-from nnsight.errors import EngineError, InputError, NamesError, NNsightError, OutOfOrderError
+from nnsight.errors import EditError, InputError, NamesError, OutOfOrderError
 from nnsight.experiments import Intervention, InterventionSpec
 
 TOWER, FRANCE, COLOSSEUM = "The Eiffel Tower is in the city of", "The capital of France is", "The Colosseum"
-PROMPTS = (TOWER, FRANCE, COLOSSEUM, " ".join([TOWER] * 3))
+LONG = " ".join([TOWER] * 4)  # more tokens than a step of the tight engine holds
+PROMPTS = (TOWER, FRANCE, COLOSSEUM, LONG)
 COUNT = 8
 
 
-def vector(seed=0, size=128, scale=3.0):
-    return torch.randn(size, generator=torch.Generator().manual_seed(seed)) * scale
+def vector(seed=0, size=128):
+    return torch.randn(size, generator=torch.Generator().manual_seed(seed)) * 3
 
 
 def spec(*parts, **options):
     return InterventionSpec(Intervention(*parts, **options))
 
 
+NOTHING = spec("resid_post[1]", "scale", factor=1.0)
 SPECS = {
     "add": spec("resid_post[1]", "add", value=vector(), factor=2.0),
     "scale": spec("resid_post[1]", "scale", factor=-0.5),
@@ -26,10 +28,11 @@ SPECS = {
     "set": spec("attn_out[1]", "set", value=vector(1)),
     "project out": spec("resid_pre[1]", "project_out", value=torch.stack([vector(2), vector(3)])),
     "trained": spec("resid_pre[2]", "trained", value=vector(4).requires_grad_()),
+    "swap": spec("resid_post[1]", "swap", prompt=COLOSSEUM, positions=[0, 1]),
     "some positions": spec("resid_post[0]", "add", value=torch.stack([vector(5), vector(6)]), positions=[1, -1]),
-    "the last ones": spec("resid_post[0]", "scale", factor=3.0, positions="last"),
+    "the last positions": spec("resid_post[0]", "scale", factor=3.0, positions="last"),
     "some steps": spec("resid_post[0]", "add", value=vector(7), steps=[1, 3]),
-    "a path": spec("layers.1.mlp", "scale", factor=-1.0),
+    "the first row": spec("resid_post[0]", "add", value=vector(7), rows=[0]),
     "around the layers": InterventionSpec(
         Intervention("embed", "add", value=vector(8)), Intervention("final_norm", "scale", factor=-1.0)
     ),
@@ -60,49 +63,314 @@ def generated(model, prompts, count=COUNT):
     return [found[number][0].tolist() for number in range(len(prompts))]
 
 
-def installed(model):
-    """What stands in the modules of the worker: none of ours outside of requests."""
-    return model._engine.collective_rpc(count_replaced)[0]
+# --- asked of the worker -------------------------------------------------------------------------------------------
 
 
 def count_replaced(worker):
     return sum("forward" in vars(module) for module in worker.model_runner.model.modules())
 
 
-def lanes(model):
-    """How often a block was visited in the worker since the last call."""
-    return model._engine.collective_rpc(count_lanes)[0]
-
-
-def count_lanes(worker):
+def count_visits(worker):
+    """How many calls of modules went by lanes since this was asked last, in how many modules ours stood at most."""
     from nnsight.vllm._engine import Engine
 
-    if not hasattr(Engine, "visited"):
-        plain, Engine.visited = Engine._call, 0
+    if not hasattr(Engine, "visits"):
+        call, install, Engine.most = Engine._call, Engine._install, 0
 
-        def counted(engine, *args):
-            Engine.visited += 1
-            return plain(engine, *args)
+        def counted_call(engine, *args):
+            Engine.visits += 1
+            return call(engine, *args)
 
-        Engine._call = counted
-    visited, Engine.visited = Engine.visited, 0
-    return visited
+        def counted_install(engine):
+            install(engine)
+            Engine.most = max(Engine.most, len(engine._replaced))
+
+        Engine._call, Engine._install = counted_call, counted_install
+    found = getattr(Engine, "visits", 0), Engine.most
+    Engine.visits = Engine.most = 0
+    return found
 
 
-@pytest.fixture(autouse=True)
-def local_workers(monkeypatch):
-    monkeypatch.setenv("VLLM_ALLOW_INSECURE_SERIALIZATION", "1")
+def count_again(worker):
+    """How many requests with a spec were computed from their start again since this was asked last."""
+    from nnsight.vllm._specs import Specs
+
+    if not hasattr(Specs, "again"):
+        plan = Specs._plan
+
+        def counted(specs, bounds, computed):
+            for row, entry in enumerate(specs._entries):
+                if entry is not None:
+                    Specs.again += computed[row] < getattr(entry, "seen", 0)
+                    entry.seen = computed[row]
+            return plan(specs, bounds, computed)
+
+        Specs._plan = counted
+    found, Specs.again = getattr(Specs, "again", 0), 0
+    return found
 
 
-def test_it(engines):
-    pair = engines("gpt2", max_num_batched_tokens=32)
-    print(installed(pair.engine))
-    lanes(pair.engine)
-    for name, chosen in SPECS.items():
-        if name == "a path":
-            continue
-        with pair.engine.apply(chosen):
-            f = generated(pair.engine, PROMPTS)
-        e = [expected(pair, chosen, p) for p in PROMPTS]
-        print(name, f == e, lanes(pair.engine), [] if f == e else (f, e))
-    print(installed(pair.engine))
+def count_computed(worker):
+    """How many tokens of requests with a spec the model has seen in prefills."""
+    from nnsight.vllm._specs import Specs
+
+    if not hasattr(Specs, "computed"):
+        plan, Specs.computed = Specs._plan, 0
+
+        def counted(specs, bounds, computed):
+            for row, entry in enumerate(specs._entries):
+                if entry is not None:
+                    Specs.computed += max(min(entry.length - computed[row], bounds[row + 1] - bounds[row]), 0)
+            return plan(specs, bounds, computed)
+
+        Specs._plan = counted
+    return Specs.computed
+
+
+def again(model):
+    return model._engine.collective_rpc(count_again)[0]
+
+
+def computed(model):
+    return model._engine.collective_rpc(count_computed)[0]
+
+
+def replaced(model):
+    return model._engine.collective_rpc(count_replaced)[0]
+
+
+def visits(model):
+    return model._engine.collective_rpc(count_visits)[0]
+
+
+@pytest.fixture(autouse=True, scope="module")
+def functions_to_workers():
+    """Functions of this file may be sent to the worker."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("VLLM_ALLOW_INSECURE_SERIALIZATION", "1")
+        yield
+
+
+@pytest.fixture(params=[True, False], ids=["cached prefixes", "no cache"], scope="module")
+def tight(engines, request):
+    """An engine that cuts prompts; its memory holds few requests at a time."""
+    memory = {"block_size": 32, "num_gpu_blocks_override": 6}
+    return engines("gpt2", max_num_batched_tokens=32, enable_prefix_caching=request.param, **memory)
+
+
+class TestTokens:
+    @pytest.mark.parametrize("name", SPECS)
+    def test_alone(self, tight, name):
+        model, chosen = tight.engine, SPECS[name]
+        wanted = [expected(tight, chosen, prompt) for prompt in PROMPTS]
+        with model.apply(chosen):
+            visits(model)
+            first, second = generated(model, PROMPTS), generated(model, PROMPTS)
+            seen = visits(model)
+        assert first == wanted
+        assert second == wanted
+        if name != "swap":  # whose own prompt is run with a block
+            assert seen[0] == 0
+            assert 0 < seen[1] <= 3  # the model, and the places of the spec
+        assert replaced(model) == 0
+
+    def test_they_differ_from_the_plain_model(self, tight):
+        plain = generated(tight.engine, PROMPTS)
+        different = [name for name, one in SPECS.items() if [expected(tight, one, p) for p in PROMPTS] != plain]
+        assert set(SPECS) - set(different) <= {"swap"}
+
+    def test_each_with_its_own(self, tight):
+        """Requests with different specs, with none, and with a block, in one batch."""
+        model, kinds = tight.engine, ("add", "some positions", "project out", "several at a place")
+        wanted = [expected(tight, SPECS[name], TOWER) for name in kinds]
+        plain = generated(model, [TOWER])[0]
+        found = {}
+        for _ in range(2):
+            with model.session():
+                edited = [model.edit(SPECS[name]) for name in kinds]
+                for name, one in zip(kinds, edited, strict=True):
+                    with one.trace(TOWER, max_tokens=COUNT, min_tokens=COUNT) as tracer:
+                        found[name] = tracer.result.save()
+            assert [found[name][0].tolist() for name in kinds] == wanted
+            assert generated(model, [TOWER])[0] == plain
+
+    def test_memory_runs_out(self, tight):
+        """A request that is taken out and computed again gets its spec again."""
+        model, chosen, prompts = tight.engine, SPECS["several at a place"], [" ".join([TOWER] * 3)] * 2 + [LONG] * 2
+        wanted = {prompt: expected(tight, chosen, prompt, 30) for prompt in set(prompts)}
+        again(model)
+        with model.apply(chosen):
+            assert generated(model, prompts, 30) == [wanted[prompt] for prompt in prompts]
+        assert again(model)
+
+
+class TestCachedPrefixes:
+    """Tokens that one spec has changed are found by requests with the same one, and by no others."""
+
+    @pytest.fixture
+    def cached(self, tight):
+        if not tight.engine._options["enable_prefix_caching"]:
+            pytest.skip("nothing is cached")
+        return tight
+
+    def hits(self, model, chosen, prompt):
+        """The tokens of the prompt that were not computed, and what came of it."""
+        before = computed(model)
+        with model.apply(chosen):
+            found = generated(model, [prompt], 2)[0]
+        return len(found) - 2 - (computed(model) - before), found
+
+    def test_equal_specs_share(self, cached):
+        def made():
+            return spec("resid_post[1]", "add", value=vector(20))
+
+        cold, first = self.hits(cached.engine, made(), LONG)
+        warm, second = self.hits(cached.engine, made(), LONG)
+        assert (cold, warm) == (0, 32)
+        assert first == second == expected(cached, made(), LONG, 2)
+
+    @pytest.mark.parametrize("other", ["value", "factor", "layer", "site", "operation", "positions", "steps", "none"])
+    def test_others_do_not(self, cached, other):
+        options = {"value": vector(21), "factor": 2.0}
+        site, operation = "resid_post[1]", "add"
+        self.hits(cached.engine, spec(site, operation, **options), LONG)
+        site = {"layer": "resid_post[2]", "site": "attn_out[1]"}.get(other, site)
+        operation = "set" if other == "operation" else operation
+        options |= {"value": {"value": vector(22)}, "factor": {"factor": 3.0}}.get(other, {})
+        options |= {"positions": {"positions": [0]}, "steps": {"steps": [1]}}.get(other, {})
+        if operation == "set":
+            del options["factor"]
+        if other == "none":
+            plain = cached.engine.trace(LONG, trace=False, max_tokens=2)[0]
+            with cached.plain.generate(LONG, max_new_tokens=2, do_sample=False) as tracer:
+                tokens = tracer.result.save()
+            assert list(plain.outputs[0].token_ids) == tokens[0, -2:].tolist()
+            return
+        chosen = spec(site, operation, **options)
+        count, found = self.hits(cached.engine, chosen, LONG)
+        assert count == 0
+        assert found == expected(cached, chosen, LONG, 2)
+
+    def test_positions_counted_from_the_end(self, cached):
+        """A longer prompt that begins alike has other tokens there."""
+        ids = cached.plain.tokenizer(LONG)["input_ids"]
+        chosen = spec("resid_post[1]", "add", value=vector(23), positions=[-5])
+        for prompt in (ids[:35], ids):
+            count, found = self.hits(cached.engine, chosen, prompt)
+            assert count == 0
+            assert found == expected(cached, chosen, torch.tensor([prompt]), 2)
+
+
+class TestStored:
+    def test_edit(self, tight):
+        edited = tight.engine.edit(SPECS["add"])
+        visits(tight.engine)
+        assert generated(edited, PROMPTS) == [expected(tight, SPECS["add"], prompt) for prompt in PROMPTS]
+        assert visits(tight.engine)[0] == 0
+
+    def test_steer(self, tight):
+        wanted = [expected(tight, spec("resid_post[2]", "add", value=vector(11) * 2), prompt) for prompt in PROMPTS]
+        visits(tight.engine)
+        with tight.engine.steer(vector(11), 2, strength=2.0):
+            assert generated(tight.engine, PROMPTS) == wanted
+        assert generated(tight.engine.steer(vector(11), 2, strength=2.0).model, PROMPTS) == wanted
+        assert visits(tight.engine)[0] == 0
+
+    def test_beside_a_stored_block(self, tight):
+        def tokens(model, **options):
+            edited = model.edit(SPECS["scale"])
+            with edited.edit(inplace=True):
+                edited.resid_post[1][:] += 2.0
+            edited = edited.edit(SPECS["zero"])
+            with edited.generate(TOWER, **options) as tracer:
+                found = tracer.result.save()
+            return found[0].tolist()
+
+        found = tokens(tight.engine, max_tokens=4, min_tokens=4)
+        assert found == tokens(tight.plain, max_new_tokens=4, min_new_tokens=4, do_sample=False)
+
+    def test_swap_has_the_edits_before_it(self, tight):
+        def tokens(model, **options):
+            edited = model.edit(SPECS["add"]).edit(SPECS["swap"])
+            with edited.generate(TOWER, **options) as tracer:
+                found = tracer.result.save()
+            return found[0].tolist()
+
+        found = tokens(tight.engine, max_tokens=4, min_tokens=4)
+        assert found == tokens(tight.plain, max_new_tokens=4, min_new_tokens=4, do_sample=False)
+
+
+class TestBlocks:
+    """A request with a spec and a block: the block sees what the spec has made."""
+
+    @pytest.mark.parametrize("name", ["add", "several at a place", "some positions"])
+    def test_reads(self, tight, name):
+        def values(model):
+            with model.apply(SPECS[name]), model.trace(TOWER):
+                found = [model.resid_pre[1].save(), model.resid_post[1].save(), model.logits.save()]
+            return found
+
+        for found, wanted in zip(values(tight.engine), values(tight.plain), strict=True):
+            torch.testing.assert_close(found, wanted, atol=1e-4, rtol=1e-4)
+        assert replaced(tight.engine) == 0
+
+    def test_edits_at_each_step(self, tight):
+        def tokens(model, **options):
+            with model.apply(SPECS["scale"]), model.generate(TOWER, **options) as tracer:
+                for _ in tracer.iter[:]:
+                    model.resid_post[1][:] += 1.5
+                found = tracer.result.save()
+            return found[0].tolist()
+
+        found = tokens(tight.engine, max_tokens=COUNT, min_tokens=COUNT)
+        assert found == tokens(tight.plain, max_new_tokens=COUNT, min_new_tokens=COUNT, do_sample=False)
+
+    def test_in_one_batch_with_specs_alone(self, tight):
+        model = tight.engine
+        with model.apply(SPECS["add"]), model.trace(max_tokens=COUNT, min_tokens=COUNT) as tracer:
+            with tracer.invoke(LONG):
+                first = tracer.result.save()
+            with tracer.invoke(TOWER):
+                stream = model.resid_post[1].save()
+                second = tracer.result.save()
+            with tracer.invoke(FRANCE):
+                third = tracer.result.save()
+        found = [tokens[0].tolist() for tokens in (first, second, third)]
+        assert found == [expected(tight, SPECS["add"], prompt) for prompt in (LONG, TOWER, FRANCE)]
+        with tight.plain.apply(SPECS["add"]), tight.plain.trace(TOWER):
+            wanted = tight.plain.resid_post[1].save()
+        torch.testing.assert_close(stream, wanted, atol=1e-4, rtol=1e-4)
+
+    def test_a_cache(self, tight):
+        model = tight.engine
+        with model.apply(SPECS["add"]), model.trace(TOWER) as tracer:
+            cache = tracer.cache(modules=["transformer.h.1"])
+        with tight.plain.apply(SPECS["add"]), tight.plain.trace(TOWER):
+            wanted = tight.plain.resid_post[1].save()
+        torch.testing.assert_close(cache["model.transformer.h.1"].output[0], wanted, atol=1e-4, rtol=1e-4)
+
+    def test_a_read_after_the_result(self, tight):
+        model = tight.engine
+        with pytest.raises(OutOfOrderError), model.apply(SPECS["add"]), model.trace(TOWER, max_tokens=2) as tracer:
+            tokens = tracer.result.save()
+            stream = model.resid_post[1].save()
+
+
+class TestRefused:
+    @pytest.mark.parametrize(
+        ("chosen", "error", "match"),
+        [
+            (spec("resid_post[1]", "add", value=vector(), positions=[7]), InputError, "5 tokens, and none at position 7"),
+            (spec("resid_post[1]", "add", value=vector(size=64)), InputError, r"is \[64\]; there it is \[128\]"),
+            (spec("resid_post[1]", "add", value=vector(), rows=[1]), InputError, "there is no row 1"),
+            (spec("resid_post[1]", "add", value=vector(), heads=[1]), InputError, "has no heads"),
+            (spec("resid_mid[1]", "zero"), EditError, "change attn_out"),
+            (spec("head_z[1]", "zero"), NamesError, "inside vLLM's kernels"),
+        ],
+    )
+    def test_what_does_not_fit(self, tight, chosen, error, match):
+        for _ in range(2):
+            with pytest.raises(error, match=match), tight.engine.apply(chosen):
+                generated(tight.engine, [FRANCE])
+        assert generated(tight.engine, [FRANCE])[0] == expected(tight, NOTHING, FRANCE)
+        assert replaced(tight.engine) == 0

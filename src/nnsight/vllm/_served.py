@@ -53,7 +53,8 @@ class Values:
 
     def __getitem__(self, layer: int) -> torch.Tensor:
         value = getattr(self._envoy(layer), self._kind)
-        return value[0] if self._kind == "output" and not isinstance(value, torch.Tensor) else value
+        is_plain = self._kind == "input" or type(value) is torch.Tensor  # else a block's: [0] is its hidden states
+        return value if is_plain else value[0]
 
     def __setitem__(self, layer: int, value: torch.Tensor) -> None:
         if self._part and self._kind == "input":
