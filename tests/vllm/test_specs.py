@@ -1,5 +1,8 @@
 """Interventions as data, on an engine and on `LanguageModel`: the same tokens and values, without a block at each step."""
 
+import threading
+from contextlib import nullcontext
+
 import pytest
 import torch
 
@@ -33,6 +36,7 @@ SPECS = {
     "the last positions": spec("resid_post[0]", "scale", factor=3.0, positions="last"),
     "some steps": spec("resid_post[0]", "add", value=vector(7), steps=[1, 3]),
     "the first row": spec("resid_post[0]", "add", value=vector(7), rows=[0]),
+    "a path": spec("transformer.h.1.mlp", "scale", factor=-1.0),
     "around the layers": InterventionSpec(
         Intervention("embed", "add", value=vector(8)), Intervention("final_norm", "scale", factor=-1.0)
     ),
@@ -46,7 +50,17 @@ SPECS = {
 }
 
 
+_expected = {}
+
+
 def expected(pair, chosen, prompt, count=COUNT):
+    key = (chosen, str(prompt), count)
+    if key not in _expected:
+        _expected[key] = plainly(pair, chosen, prompt, count)
+    return _expected[key]
+
+
+def plainly(pair, chosen, prompt, count):
     options = {"max_new_tokens": count, "do_sample": False, "min_new_tokens": count}
     with pair.plain.apply(chosen), pair.plain.generate(prompt, **options) as tracer:
         tokens = tracer.result.save()
@@ -78,7 +92,7 @@ def count_visits(worker):
         call, install, Engine.most = Engine._call, Engine._install, 0
 
         def counted_call(engine, *args):
-            Engine.visits += 1
+            Engine.visits += len(engine._lanes)
             return call(engine, *args)
 
         def counted_install(engine):
@@ -96,16 +110,17 @@ def count_again(worker):
     from nnsight.vllm._specs import Specs
 
     if not hasattr(Specs, "again"):
-        plan = Specs._plan
+        begin = Specs.begin_step
 
-        def counted(specs, bounds, computed):
+        def counted(specs):
+            begin(specs)
+            computed = specs._runner.input_batch.num_computed_tokens_cpu
             for row, entry in enumerate(specs._entries):
                 if entry is not None:
-                    Specs.again += computed[row] < getattr(entry, "seen", 0)
+                    Specs.again += computed[row] <= getattr(entry, "seen", -1)
                     entry.seen = computed[row]
-            return plan(specs, bounds, computed)
 
-        Specs._plan = counted
+        Specs.begin_step = counted
     found, Specs.again = getattr(Specs, "again", 0), 0
     return found
 
@@ -125,6 +140,63 @@ def count_computed(worker):
 
         Specs._plan = counted
     return Specs.computed
+
+
+def watch(worker):
+    """Keep what the last norm returns from here on."""
+    kept = worker.kept = []
+    norm = worker.model_runner.model.transformer.ln_f
+    worker.handle = norm.register_forward_hook(lambda _module, _args, output: kept.append(output.tolist()))
+
+
+def watched(worker):
+    worker.handle.remove()
+    return [row for rows in worker.kept for row in rows]
+
+
+def together(model, calls):
+    """The results of functions that trace, with all of their requests in one batch."""
+    meeting, lock = threading.Barrier(len(calls)), threading.RLock()
+    call, compute, rpc = model._call, model._compute, model._engine.collective_rpc
+    asked, found, results, errors = {}, {}, {}, []
+
+    def locked(function):
+        def run(*args, **options):
+            with lock:
+                return function(*args, **options)
+
+        return run
+
+    def computed_together(asks):
+        asked[threading.get_ident()] = asks
+        if meeting.wait() == 0:
+            results = iter(compute([ask for asks in asked.values() for ask in asks]))
+            found.update({thread: [next(results) for _ in asks] for thread, asks in asked.items()})
+        meeting.wait()
+        return found[threading.get_ident()]
+
+    def run(number):
+        try:
+            results[number] = calls[number]()
+        except BaseException as error:
+            errors.append(error)
+            meeting.abort()
+
+    with pytest.MonkeyPatch.context() as patch:
+        everything = [model, *model._twins]
+        for one in everything:
+            patch.setattr(one, "_lock", nullcontext())
+            patch.setattr(one, "_call", locked(call))
+            patch.setattr(one, "_compute", computed_together)
+        patch.setattr(model._engine, "collective_rpc", locked(rpc))
+        threads = [threading.Thread(target=run, args=(number,)) for number in range(len(calls))]
+        for thread in threads:
+            thread.start()
+        for thread in threads:
+            thread.join()
+    if errors:
+        raise errors[0]
+    return [results[number] for number in range(len(calls))]
 
 
 def again(model):
@@ -179,20 +251,29 @@ class TestTokens:
         different = [name for name, one in SPECS.items() if [expected(tight, one, p) for p in PROMPTS] != plain]
         assert set(SPECS) - set(different) <= {"swap"}
 
-    def test_each_with_its_own(self, tight):
-        """Requests with different specs, with none, and with a block, in one batch."""
-        model, kinds = tight.engine, ("add", "some positions", "project out", "several at a place")
-        wanted = [expected(tight, SPECS[name], TOWER) for name in kinds]
-        plain = generated(model, [TOWER])[0]
-        found = {}
-        for _ in range(2):
-            with model.session():
-                edited = [model.edit(SPECS[name]) for name in kinds]
-                for name, one in zip(kinds, edited, strict=True):
-                    with one.trace(TOWER, max_tokens=COUNT, min_tokens=COUNT) as tracer:
-                        found[name] = tracer.result.save()
-            assert [found[name][0].tolist() for name in kinds] == wanted
-            assert generated(model, [TOWER])[0] == plain
+    @pytest.mark.parametrize("prompt", [TOWER, LONG], ids=["short", "long"])
+    def test_each_with_its_own(self, tight, prompt):
+        """Requests with different specs, and with none, in one batch."""
+        alone = [one for name, one in SPECS.items() if name != "swap"]  # which has a request of its own before
+        chosen = [*alone, NOTHING, spec("resid_post[1]", "scale", factor=-0.6), spec("mlp_out[0]", "zero")]
+        models = [tight.engine, *(tight.engine.edit(one) for one in chosen)]
+        found = together(tight.engine, [lambda model=model: generated(model, [prompt])[0] for model in models])
+        assert found == [expected(tight, one, prompt) for one in (NOTHING, *chosen)]
+        assert replaced(tight.engine) == 0
+
+    def test_values(self, tight):
+        """What leaves the model, chunk by chunk."""
+        for name in ("add", "project out", "some positions", "several at a place"):
+            with tight.plain.apply(SPECS[name]), tight.plain.trace(LONG):
+                wanted = tight.plain.final_norm.output.save()
+            tight.engine._engine.collective_rpc(watch)
+            if name != "add":  # a prefix that was cached would not be seen
+                assert tight.engine._engine.llm_engine.reset_prefix_cache()
+            with tight.engine.apply(SPECS[name]):
+                generated(tight.engine, [LONG], 1)
+            values = torch.tensor(tight.engine._engine.collective_rpc(watched)[0])
+            torch.testing.assert_close(values, wanted[0, -len(values) :], atol=1e-4, rtol=1e-4)
+            assert len(values) in (len(wanted[0]), len(wanted[0]) - 32)
 
     def test_memory_runs_out(self, tight):
         """A request that is taken out and computed again gets its spec again."""
@@ -354,6 +435,31 @@ class TestBlocks:
         with pytest.raises(OutOfOrderError), model.apply(SPECS["add"]), model.trace(TOWER, max_tokens=2) as tracer:
             tokens = tracer.result.save()
             stream = model.resid_post[1].save()
+
+
+class TestByCode:
+    """What has no form for a whole batch is done as a block would do it."""
+
+    @pytest.mark.parametrize(
+        "chosen",
+        [
+            spec("transformer.h.1.ln_2", "scale", factor=0.5),
+            InterventionSpec(SPECS["add"][0], Intervention("transformer.h.1.mlp.c_fc", "zero", positions="last")),
+        ],
+        ids=["a norm", "beside another"],
+    )
+    def test_it(self, tight, chosen):
+        visits(tight.engine)
+        with tight.engine.apply(chosen):
+            found = generated(tight.engine, PROMPTS[:3])
+        assert visits(tight.engine)[0] > 0
+        assert found == [expected(tight, chosen, prompt) for prompt in PROMPTS[:3]]
+
+    def test_logits(self, tight):
+        chosen = spec("logits", "add", value=torch.nn.functional.one_hot(torch.tensor(77), 1309) * 1e3)
+        with tight.engine.apply(chosen):
+            found = generated(tight.engine, [TOWER])[0]
+        assert found[-COUNT:] == [77] * COUNT
 
 
 class TestRefused:

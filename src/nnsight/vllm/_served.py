@@ -132,6 +132,7 @@ class ServedModel(NNsight):
     def __init__(self, engine: Engine, load_tokenizer: Callable[[], Any]) -> None:
         super().__init__(engine.root)
         self._engine = engine
+        self._width = engine.width
         self._load_tokenizer = load_tokenizer
         self._tokenizer: Any = None
         tree = self._tree
@@ -240,7 +241,7 @@ class ServedModel(NNsight):
     def trace(self, *inputs: Any, strict_order: bool = False, **kwargs: Any) -> Any:
         """A trace whose inputs are requests of the engine."""
         given = Given(inputs, {}) if inputs else None
-        spec = compile_edits(self._edits, self._place_of, self._engine.width)
+        spec = compile_edits(self._edits, self._place_of, self._width)
         return LaneTracer(self._tree, self._engine, given, kwargs, self._edits, strict_order, spec)
 
     def _place_of(self, target: Any, kind: str) -> tuple[Module, str] | None:
