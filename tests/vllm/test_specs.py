@@ -466,7 +466,11 @@ class TestRefused:
     @pytest.mark.parametrize(
         ("chosen", "error", "match"),
         [
-            (spec("resid_post[1]", "add", value=vector(), positions=[7]), InputError, "5 tokens, and none at position 7"),
+            (
+                spec("resid_post[1]", "add", value=vector(), positions=[7]),
+                InputError,
+                "5 tokens, and none at position 7",
+            ),
             (spec("resid_post[1]", "add", value=vector(size=64)), InputError, r"is \[64\]; there it is \[128\]"),
             (spec("resid_post[1]", "add", value=vector(), rows=[1]), InputError, "there is no row 1"),
             (spec("resid_post[1]", "add", value=vector(), heads=[1]), InputError, "has no heads"),

@@ -67,7 +67,7 @@ class Engine:
         self._install()
 
     def forget(self, lane: Lane) -> None:
-        """Let go of a lane; without any, the model is as it was."""
+        """Let go of a lane, whose request is over or was aborted; without any, the model is as it was."""
         self.waiting.pop(lane.ask.key, None)
         self._known = {name: known for name, known in self._known.items() if known is not lane}
         self.specs.forget(lane)

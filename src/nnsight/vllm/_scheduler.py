@@ -47,7 +47,7 @@ class LaneScheduler(AsyncScheduler):
         return []
 
     def _blocks_to_its_end(self, request: Any) -> int:
-        """The blocks of memory that this request can come to hold: an upper bound, in every group of layers that has its own."""
+        """The blocks of memory that this request can come to hold: an upper bound, in each group of layers that has its own."""
         most = request.num_prompt_tokens + request.max_tokens + self.num_lookahead_tokens
         most = min(most, self.max_model_len)
         managers = self.kv_cache_manager.coordinator.single_type_managers

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Callable, Iterable
 from typing import TYPE_CHECKING, Any, NamedTuple
 
@@ -26,7 +27,9 @@ class _Entry:
     def __init__(self, lane: Lane, acts: tuple[Act, ...]) -> None:
         self.lane = lane
         self.acts = acts
+        self.name = ""  # the engine's
         self.length = 0  # of its prompt
+        self.modules = {act.place[0] for act in acts}
 
 
 class Group(NamedTuple):
@@ -47,6 +50,8 @@ class Specs:
 
     def __init__(self, runner: Any) -> None:
         self._runner = runner
+        self._living: dict[Lane, _Entry] = {}
+        self._modules: Counter[Module] = Counter()
         self._waiting: dict[str, _Entry] = {}  # by key, until their request comes
         self._known: dict[str, _Entry] = {}  # by the engine's name of the request
         self._names: list[str] = []  # of the requests of the last step
@@ -60,21 +65,25 @@ class Specs:
 
     def add(self, lane: Lane, acts: tuple[Act, ...]) -> None:
         """Expect a request."""
-        self._waiting[lane.ask.key] = _Entry(lane, acts)
+        entry = self._living[lane] = self._waiting[lane.ask.key] = _Entry(lane, acts)
+        self._modules.update(entry.modules)
 
     def forget(self, lane: Lane) -> None:
-        """Let go of a request."""
+        """Let go of a request, which the engine does not compute any more."""
+        entry = self._living.pop(lane, None)
+        if entry is None:
+            return
         self._waiting.pop(lane.ask.key, None)
-        self._known = {name: entry for name, entry in self._known.items() if entry.lane is not lane}
+        self._known.pop(entry.name, None)
+        self._modules -= Counter(entry.modules)
         self._names, self.plans = [], {}
 
     def __bool__(self) -> bool:
-        return bool(self._waiting or self._known)
+        return bool(self._living)
 
     def modules(self) -> set[Module]:
         """Those whose values are changed."""
-        entries = (*self._waiting.values(), *self._known.values())
-        return {act.place[0] for entry in entries for act in entry.acts}
+        return set(self._modules)
 
     # --- the table -----------------------------------------------------------------------------------------------
 
@@ -100,7 +109,7 @@ class Specs:
         extra = getattr(state.sampling_params, "extra_args", None) or {}
         entry = self._waiting.pop(extra.get(SPEC, ""), None)
         if entry is not None:
-            self._known[name] = entry
+            self._known[name], entry.name = entry, name
             entry.length = len(state.prompt_token_ids)
             try:
                 for act in entry.acts:
@@ -126,7 +135,7 @@ class Specs:
                     groups.setdefault((act.rank, act.operation, shared), []).append((act, rows, numbers))
         plans: dict[Module, dict[str, list[Group]]] = {}
         for (module, kind), groups in wanted.items():
-            ordered = [_group(groups[key], bounds[-1]) for key in sorted(groups)]
+            ordered = [_group(groups[key], bounds[-1], self._runner.device) for key in sorted(groups)]
             plans.setdefault(module, {})[kind] = ordered
         return plans
 
@@ -150,7 +159,7 @@ class Specs:
         return result
 
 
-def _group(parts: list[tuple[Act, list[int], Any]], total: int) -> Group:
+def _group(parts: list[tuple[Act, list[int], Any]], total: int, device: Any) -> Group:
     """The same operation of several requests as one."""
     first = parts[0][0]
     rows = [row for _, of_one, _ in parts for row in of_one]
@@ -158,7 +167,6 @@ def _group(parts: list[tuple[Act, list[int], Any]], total: int) -> Group:
     if value is not None and first.operation != "project_out":
         if value.dim() > 1 or any(act.content != first.content for act, _, _ in parts):
             value = torch.cat([_value_of_each(*part) for part in parts])
-    device = None if first.value is None else first.value.device
     chosen = None if len(rows) == total and _is_one(first, value) else torch.tensor(rows, device=device)
     return Group(first.operation, chosen, value, first.factor)
 
