@@ -8,6 +8,7 @@ A Llama with random weights; plain vLLM and ours side by side, in turns, and tra
 
 import argparse
 import os
+import random
 import statistics
 import sys
 import tempfile
@@ -125,9 +126,9 @@ def main():
     assert runs["plain vLLM"]() == runs["ours, no blocks"]()
     seconds = {name: [] for name in runs}
     for _ in range(rounds):
-        for name, run in runs.items():
+        for name in random.sample(list(runs), len(runs)):  # what ran before shows in what runs next
             begin = time.perf_counter()
-            run()
+            runs[name]()
             seconds[name].append(time.perf_counter() - begin)
     base = seconds["plain vLLM"]
     print(f"{REQUESTS} requests, {PROMPT} + {TOKENS} tokens\n{'':32}{'tokens/s':>10}{'of plain':>10}{'goal':>8}")

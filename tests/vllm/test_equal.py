@@ -190,3 +190,44 @@ def test_nothing_asked_for_is_the_plain_engine(pair):
         tokens = tracer.result.save()
     plain = model.trace(PROMPTS[0], trace=False, max_tokens=4)[0]
     assert tokens[0].tolist() == [*plain.prompt_token_ids, *plain.outputs[0].token_ids]
+
+
+def test_interventions_as_data(pair):
+    from nnsight.experiments import Intervention, InterventionSpec
+
+    vectors = torch.randn(4, 128, generator=torch.Generator().manual_seed(0)) * 2
+    specs = [
+        InterventionSpec(Intervention("resid_post[1]", "add", value=vectors[0])),
+        InterventionSpec(Intervention("resid_pre[1]", "scale", factor=-0.5), Intervention("mlp_out[1]", "zero")),
+        InterventionSpec(Intervention("resid_post[0]", "project_out", value=vectors[1:])),
+        InterventionSpec(
+            Intervention("resid_post[1]", "set", value=vectors[1], positions=[-2]),
+            Intervention("resid_post[1]", "project_out", value=vectors[2], positions="last"),
+            Intervention("attn_out[2]", "add", value=vectors[3], factor=3.0),
+        ),
+        InterventionSpec(
+            Intervention("embed", "add", value=vectors[0] / 8), Intervention("final_norm", "add", value=vectors[1])
+        ),
+    ]
+    for spec in specs:
+        with pair.engine.apply(spec), pair.engine.trace(max_tokens=5, min_tokens=5) as tracer:
+            tokens = [].save()
+            for prompt in PROMPTS:
+                with tracer.invoke(prompt):
+                    tokens.append(tracer.result)
+        for prompt in PROMPTS:
+            options = {"max_new_tokens": 5, "min_new_tokens": 5, "do_sample": False}
+            with pair.plain.apply(spec), pair.plain.generate(prompt, **options) as tracer:
+                wanted = tracer.result.save()
+            assert any(torch.equal(found, wanted) for found in tokens)
+
+
+def test_steering(pair):
+    vector = torch.randn(128, generator=torch.Generator().manual_seed(1)) * 2
+
+    def block(model):
+        with model.steer(vector, 1, strength=2.0), steps(model, PROMPTS[0], 5) as tracer:
+            tokens = tracer.result.save()
+        return [tokens]
+
+    both(pair, block)

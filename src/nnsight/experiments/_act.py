@@ -29,8 +29,7 @@ def prepare(model: Any, one: Any) -> tuple[str, Callable[[], Callable[[int], Non
         value, positions = _other_run(model, place, one.prompt, positions)
     elif one.operation == "project_out":
         value = _basis(value)
-    actor = _Actor(model, place, one, value, positions)
-    return f"the intervention {one.operation!r} at {place.key}", lambda: actor.begin()
+    return f"the intervention {one.operation!r} at {place.key}", _Actor(model, place, one, value, positions)
 
 
 class _Actor:
@@ -48,8 +47,16 @@ class _Actor:
         self._pos = place.axes.index("pos" if "pos" in place.axes else "query")
         self._entrance = _entrance(model)
 
-    def begin(self) -> Callable[[int], None]:
-        """What to do at each step."""
+    @property
+    def change(self) -> dict[str, Any]:
+        """The same as data, for engines that need no code for it."""
+        place, one = self._place, self._one
+        said = {"key": place.key, "target": place.target, "kind": place.kind, "operation": one.operation}
+        parts = {"factor": one.factor, "rows": one.rows, "heads": one.heads, "steps": one.steps}
+        return {**said, **parts, "value": self._value, "positions": self._positions}
+
+    def __call__(self) -> Callable[[int], None]:
+        """Begin a run: what to do at each step."""
         window = Window(self._positions, self._one.rows, self._place.key)
 
         def act(step: int) -> None:

@@ -16,7 +16,9 @@ class Intervention(Protocol):
     def prepare(self, model: Any) -> Iterable[tuple[str, Begin]]:
         """What to do in each run: a name for messages, and a function that begins a run.
 
-        It returns what to do at each step, given its number.
+        It returns what to do at each step, given its number.  A function with an attribute `change` says with it what it
+        does as data: its `key`, `target`, `kind`, `operation`, `value` and `factor`, and `positions`, `rows`, `heads` and
+        `steps` where it has them.  An engine may do that in its own way, without the function.
         """
         ...
 

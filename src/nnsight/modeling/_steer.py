@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from dataclasses import dataclass
 from typing import Any
 
 import torch
 
 from ..errors import InputError
+from ..trace import Begin
 from ._apply import Applied
 
 
@@ -31,8 +34,46 @@ def steer(model: Any, vector: torch.Tensor, layer: int, site: str, strength: flo
     place = model.site(site, layer)
     if place.axes[1] != "pos" or vector.dim() != len(place.axes) - 2:
         raise InputError(f"A vector of shape {list(vector.shape)} cannot be added to {place!r}, {place.axes}.")
-    change = vector.detach() * strength
-    with model.edit(inplace=inplace) as steered:
-        live = model.site(site, layer).read()
-        model.site(site, layer).write(live + change.to(live))
-    return Steered(model, steered)
+    return Steered(model, model.edit(Steering(vector.detach() * strength, layer, site), inplace=inplace))
+
+
+@dataclass(frozen=True, eq=False)
+class Steering:
+    """The intervention of `model.steer(...)`."""
+
+    vector: torch.Tensor
+    layer: int
+    site: str
+
+    def prepare(self, model: Any) -> list[tuple[str, Begin]]:
+        """What to do in each run."""
+        place = model.site(self.site, self.layer)
+        return [(f"the steering of {place!r}", _Addition(place, self.vector))]
+
+
+class _Addition:
+    """Adds a vector to a value at each step."""
+
+    def __init__(self, place: Any, vector: torch.Tensor) -> None:
+        self._place = place
+        self._vector = vector
+
+    @property
+    def change(self) -> dict[str, Any]:
+        """The same as data."""
+        key = f"{self._place.name}[{self._place.layer}]"
+        return {
+            "key": key,
+            "target": self._place,
+            "kind": "",
+            "operation": "add",
+            "value": self._vector,
+            "factor": None,
+        }
+
+    def __call__(self) -> Callable[[int], None]:
+        return self._act
+
+    def _act(self, _step: int) -> None:
+        live = self._place.read()
+        self._place.write(live + self._vector.to(live))

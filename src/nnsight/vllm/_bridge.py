@@ -94,6 +94,18 @@ class Inputs:
         if self._stream is not None:
             self._stream[start:stop] = 0
 
+    def parts(self) -> tuple[torch.Tensor, torch.Tensor | None]:
+        """All rows, and where the residual stream is in two parts, the other one."""
+        assert self._main is not None
+        return self._named[self._main], self._stream
+
+    def exchange(self, main: torch.Tensor, stream: torch.Tensor | None) -> None:
+        """Put other tensors in place of those of `parts`."""
+        assert self._main is not None
+        self._named[self._main] = main
+        if stream is not None:
+            self._stream = self._named[_STREAM] = stream
+
     def arguments(self) -> tuple[tuple[Any, ...], dict[str, Any]]:
         """The arguments as the module takes them."""
         names = list(self._named)
@@ -132,6 +144,17 @@ class Output:
         fill(self._first[start:stop], value, path)
         if self._stream is not None:
             self._stream[start:stop] = 0
+
+    def parts(self) -> tuple[torch.Tensor, torch.Tensor | None]:
+        """All rows, and where the residual stream is in two parts, the other one."""
+        assert self._first is not None
+        return self._first, self._stream
+
+    def exchange(self, main: torch.Tensor, stream: torch.Tensor | None) -> None:
+        """Put other tensors in place of those of `parts`."""
+        self._first = self._items[0] = main
+        if stream is not None:
+            self._stream = self._items[1] = stream
 
     @property
     def result(self) -> Any:

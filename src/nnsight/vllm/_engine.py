@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from functools import partial
 from types import MethodType
 from typing import Any
 
@@ -15,9 +16,11 @@ from transformers.modeling_outputs import CausalLMOutput
 from .._core import INPUT, OUTPUT, Place
 from ..errors import EditError, EngineError, NNsightError
 from ._bridge import Inputs, Output, bridge_of, fill, own, versions_of
+from ._compiled import Width
 from ._lane import Lane
 from ._messages import EXTRA
 from ._parts import parts_of
+from ._specs import Specs
 
 SAMPLES = Place("model.samples")
 
@@ -33,6 +36,10 @@ class Engine:
         self.waiting: dict[str, Lane] = {}  # by key, until their request comes
         self._known: dict[str, Lane] = {}  # by the engine's name of the request
         self._lanes: list[Lane] = []  # of the current step
+        self.specs = Specs(runner)
+        config = runner.model_config
+        self.width = Width(config.get_hidden_size(), config.dtype, runner.device)
+        self._replaced: set[Module] = set()
         self._installed = False
         self._hidden: Any = None  # what leaves the layers at this step
         self._compute_logits: Forward
@@ -53,15 +60,18 @@ class Engine:
 
     def add(self, lane: Lane) -> None:
         """Expect a lane's request."""
+        if lane.attended:
+            self.waiting[lane.ask.key] = lane
+        elif lane.spec is not None and lane.spec.acts:
+            self.specs.add(lane, lane.spec.acts)
         self._install()
-        self.waiting[lane.ask.key] = lane
 
     def forget(self, lane: Lane) -> None:
-        """Let go of a lane; without any, the model is as it was."""
+        """Let go of a lane, whose request is over or was aborted; without any, the model is as it was."""
         self.waiting.pop(lane.ask.key, None)
         self._known = {name: known for name, known in self._known.items() if known is not lane}
-        if not self.waiting and not self._known:
-            self._remove()
+        self.specs.forget(lane)
+        self._install()
 
     def living(self) -> dict[str, int]:
         """How many lanes there are, and modules with a forward of ours."""
@@ -76,22 +86,28 @@ class Engine:
     # --- standing in the model -----------------------------------------------------------------------------------
 
     def _install(self) -> None:
-        if self._installed:
-            return
-        self._installed = True
-        for module in self._places:
+        """Stand in every module while a lane lives, in those that specs change while there are specs alone."""
+        lanes = bool(self.waiting or self._known)
+        wanted = set(self._places) if lanes else {self.root, *self.specs.modules()} if self.specs else set()
+        for module in wanted - self._replaced:
             vars(module)["forward"] = MethodType(self._replacement(type(module).forward), module)
+        for module in self._replaced - wanted:
+            del vars(module)["forward"]
+        self._replaced = wanted
+        if lanes and not self._installed:
+            self._install_behind()
+        elif self._installed and not lanes:
+            self._remove_behind()
+
+    def _install_behind(self) -> None:
+        self._installed = True
         self._compute_logits = self.root.compute_logits  # pyright: ignore[reportAttributeAccessIssue]
         vars(self.root)["compute_logits"] = self._logits
         sampler = self.runner.sampler
         vars(sampler)["forward"] = MethodType(self._sampling(type(sampler).forward), sampler)
 
-    def _remove(self) -> None:
-        if not self._installed:
-            return
+    def _remove_behind(self) -> None:
         self._installed = False
-        for module in self._places:
-            del vars(module)["forward"]
         del vars(self.root)["compute_logits"]
         del vars(self.runner.sampler)["forward"]
         self._lanes = []
@@ -100,9 +116,10 @@ class Engine:
         def forward(module: Module, /, *args: Any, **kwargs: Any) -> Any:
             if module is self.root:
                 self._begin_step()
+            run = partial(self.specs.call, plain) if module in self.specs.plans else plain
             if not self._lanes:
-                return plain(module, *args, **kwargs)
-            return self._call(module, plain, args, kwargs)
+                return run(module, *args, **kwargs)
+            return self._call(module, run, args, kwargs)
 
         return forward
 
@@ -110,6 +127,10 @@ class Engine:
         """Find out which rows of the batch are whose."""
         self._hidden = None
         self._lanes = []
+        if self.specs:
+            self.specs.begin_step()
+        if not (self.waiting or self._known):
+            return
         batch = self.runner.input_batch
         bounds = self.runner.query_start_loc.np
         for row, name in enumerate(batch.req_ids):

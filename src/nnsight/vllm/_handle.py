@@ -11,7 +11,7 @@ from typing import Any, NamedTuple
 
 from ..errors import EngineError, InputError, JobCancelledError, NNsightError, RemoteTimeoutError
 from ._client import Running
-from ._messages import EXTRA, Ask
+from ._messages import Ask
 from ._requests import check_length, prompt_of, sampling_of
 
 
@@ -158,9 +158,10 @@ class EngineJob:
 
         number, self._count = self._count, self._count + 1
         try:
-            prompt = prompt_of(ask.prompt, self._tokenizer, salt=ask.key)
-            params = sampling_of(ask.params, {EXTRA: ask.key})
-            check_length(prompt, self._running.step_tokens)
+            prompt = ask.salted(prompt_of(ask.prompt, self._tokenizer))
+            params = sampling_of(ask.params, ask.extra())
+            if ask.attended:
+                check_length(prompt, self._running.step_tokens)
             params.output_kind = RequestOutputKind.DELTA if self._streams else RequestOutputKind.FINAL_ONLY
             ids: list[int] = []
             async for output in self._running.outputs(prompt, params, ask.key):

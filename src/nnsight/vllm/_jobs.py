@@ -58,6 +58,7 @@ class Job:
                 lane.fail(EngineError(result))
             else:
                 prompt, tokens = result
+                lane.steps = len(tokens)
                 lane.finish(torch.tensor([[*prompt, *tokens]]))
         if self._coroutine and not self._asked:
             self._resume()

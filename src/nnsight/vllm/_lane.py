@@ -6,7 +6,7 @@ engine's worker, which calls the model for many requests at once and visits each
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from contextvars import ContextVar
 from typing import TYPE_CHECKING, Any
@@ -21,6 +21,7 @@ from ..errors import NNsightError
 if TYPE_CHECKING:
     from .._core import Run
     from ..trace import Given
+    from ._compiled import Compiled
     from ._messages import Ask
 
 
@@ -56,6 +57,10 @@ class Lane:
         self.ask = ask
         self.result: Any = None
         self.run: Run | None = None
+        self.spec: Compiled | None = None  # what stands for the edits of the model, where no block sees the values
+        self.edits: Sequence[Any] = ()  # those edits
+        self.attended = True
+        self.steps = 0  # that there were, once it is over
         self._main: LanePass | None = None
         self.length = self.computed = 0  # tokens of the prompt, and those that the model has seen
         self.start = self.stop = self.row = 0
@@ -76,7 +81,26 @@ class Lane:
         current = getcurrent()
         assert isinstance(current, Coroutine)
         self._driver = current
+        spec = self.spec
+        if spec is not None:
+            self.attended = self.ask.attended = self._is_attended()
+            if not self.attended:
+                self.ask.salt, self.ask.by_length = spec.salt, spec.by_length
         self._hand_in(self)
+
+    def _is_attended(self) -> bool:
+        assert self.run is not None
+        waiting = any(w.coroutine is not None and w.request is None and not w.finished for w in self.run.workers)
+        return waiting or (self._main is not None and self._main.is_attended())
+
+    def add_edits(self) -> None:
+        """In the block's coroutine: a block sees the values, so the edits act on them in its own run, before it."""
+        assert self.run is not None
+        workers = self.run.workers
+        blocks = list(workers)
+        for edit in self.edits:
+            edit.add_to(self.run)
+        workers[:] = [*workers[len(blocks) :], *blocks]
 
     def wait(self) -> None:
         """In the block's coroutine: let the engine go on until it has something for this lane."""
@@ -91,6 +115,8 @@ class Lane:
         self._over, self.result = True, result
         with self.visiting():
             if self.lives:
+                if not self.attended:
+                    self.main.pass_unseen(self.steps)
                 self.main.finish(result)
             if self._driver and self._waited_for:
                 self._driver.resume()
@@ -160,9 +186,23 @@ class LanePass(Pass):
             lane.begin(self)
             if self._begin is not None:
                 self._begin()
+            if lane.edits and self.is_attended():
+                lane.add_edits()
+                assert self._begin is not None
+                self._begin()
             lane.enter()
         if not self.done:
             lane.wait()
+
+    def is_attended(self) -> bool:
+        """Whether somebody waits for more than the result."""
+        wanted = self.wanted_outputs.keys() - {RESULT}
+        return bool(wanted or self.wanted_inputs or self.recorders or self.input_recorders)
+
+    def pass_unseen(self, steps: int) -> None:
+        """Every module has run in the steps of a request that was not attended."""
+        self.step = steps - 1
+        self.counts.update(dict.fromkeys(self._instruments.modules(), steps))
 
     def finish(self, result: Any) -> None:
         """No other step comes."""

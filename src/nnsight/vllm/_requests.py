@@ -1,4 +1,4 @@
-"""Requests as vLLM takes them: token ids with a salt, and sampling parameters."""
+"""Requests as vLLM takes them: token ids, and sampling parameters."""
 
 from __future__ import annotations
 
@@ -10,18 +10,15 @@ from ..errors import InputError
 Request = tuple[dict[str, Any], Any]  # prompt and sampling parameters
 
 
-def prompt_of(prompt: Any, tokenizer: Any, salt: str | None = None) -> dict[str, Any]:
-    """A text, token ids or chat messages as ids.
-
-    With a salt of its own, a request finds no cached tokens of others, and leaves none that a block has changed.
-    """
+def prompt_of(prompt: Any, tokenizer: Any) -> dict[str, Any]:
+    """A text, token ids or chat messages as ids."""
     if isinstance(prompt, str):
         ids = tokenizer(prompt)["input_ids"]
     elif prompt and isinstance(prompt[0], dict):
         ids = tokenizer.apply_chat_template(prompt, add_generation_prompt=True, return_dict=True)["input_ids"]
     else:
         ids = list(prompt)
-    return {"prompt_token_ids": ids, **({"cache_salt": salt} if salt else {})}
+    return {"prompt_token_ids": ids}
 
 
 def sampling_of(params: Mapping[str, Any], extra: dict[str, Any] | None = None) -> Any:

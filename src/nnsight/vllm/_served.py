@@ -12,6 +12,7 @@ from .._core import OUTPUT
 from ..errors import EditError, NamesError
 from ..modeling import NNsight, show_block_output, take_block_output
 from ..trace import Given
+from ._compiled import compile_edits
 from ._engine import SAMPLES, Engine
 from ._lane import LaneInstruments
 from ._tracer import LaneTracer
@@ -46,9 +47,14 @@ class Values:
     def __len__(self) -> int:
         return len(self._layers)
 
+    def place(self, layer: int) -> tuple[Module, str] | None:
+        """The module and the kind, where this can be changed."""
+        return None if self._part and self._kind == "input" else (self._envoy(layer)._module, self._kind)
+
     def __getitem__(self, layer: int) -> torch.Tensor:
         value = getattr(self._envoy(layer), self._kind)
-        return value[0] if self._kind == "output" and not isinstance(value, torch.Tensor) else value
+        is_plain = self._kind == "input" or type(value) is torch.Tensor  # else a block's: [0] is its hidden states
+        return value if is_plain else value[0]
 
     def __setitem__(self, layer: int, value: torch.Tensor) -> None:
         if self._part and self._kind == "input":
@@ -64,6 +70,10 @@ class Site(NamedTuple):
     values: Any
     stack: str = ""
     axes: tuple[str, ...] = ("batch", "pos", "d_model")
+
+    def place(self) -> tuple[Module, str] | None:
+        """The module and the kind, where this is a value of all tokens that can be exchanged."""
+        return None if self.name == "logits" else self.values.place(self.layer)
 
     def read(self) -> torch.Tensor:
         """The value, in a trace."""
@@ -91,6 +101,10 @@ class Once:
         """Put a value in its place."""
         self._envoy.output = value
 
+    def place(self, _layer: None) -> tuple[Module, str]:
+        """The module and the kind."""
+        return self._envoy._module, OUTPUT
+
 
 class Logits(torch.Tensor):
     """Logits `[1, pos, vocab]` that also answer `.output`, as those of a module do."""
@@ -117,6 +131,7 @@ class ServedModel(NNsight):
 
     def __init__(self, engine: Engine, load_tokenizer: Callable[[], Any]) -> None:
         super().__init__(engine.root)
+        self._width = engine.width
         self._load_tokenizer = load_tokenizer
         self._tokenizer: Any = None
         tree = self._tree
@@ -225,6 +240,21 @@ class ServedModel(NNsight):
     def trace(self, *inputs: Any, strict_order: bool = False, **kwargs: Any) -> Any:
         """A trace whose inputs are requests of the engine."""
         given = Given(inputs, {}) if inputs else None
-        return LaneTracer(self._tree, given, kwargs, self._edits, strict_order)
+        spec = compile_edits(self._edits, self._place_of, self._width)
+        return LaneTracer(self._tree, given, kwargs, self._edits, strict_order, spec)
+
+    def _place_of(self, target: Any, kind: str) -> tuple[Module, str] | None:
+        """The module and the kind of a value `[pos, d_model]` that can be changed in all requests at once."""
+        if isinstance(target, Site):
+            return target.place()
+        if type(self._module).__name__ not in FAMILIES:
+            return None
+        module = getattr(target, "_module", None)
+        for name in (*_IN_LAYERS, "embed", "final_norm"):
+            for layer in range(len(self.layers)) if name in _IN_LAYERS else (None,):
+                place = self.site(name, layer).place()
+                if place == (module, kind):
+                    return place
+        return None
 
     generate = trace

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable, Sequence
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from .._capture import Block, Scope
 from .._core import Call, Coroutine, Run, Worker
@@ -12,6 +12,9 @@ from ..envoy import Tree
 from ..errors import InputError, NoInputError, NotTracingError
 from ..trace import Dataflow, Deferred, Given, Prepared, Tracer
 from ._lane import LanePass, hand_over, lane_maker
+
+if TYPE_CHECKING:
+    from ._compiled import Compiled
 
 
 class _Invoke:
@@ -40,8 +43,20 @@ class LaneTracer(Tracer):
     Those that read what an earlier one binds begin when that is over.
     """
 
-    def __init__(self, tree: Tree, given: Given | None, params: dict[str, Any], edits: Any, strict_order: bool) -> None:
-        super().__init__(tree, self._prepare_lane, given, edits=edits, strict_order=strict_order)
+    def __init__(
+        self,
+        tree: Tree,
+        given: Given | None,
+        params: dict[str, Any],
+        edits: Any,
+        strict_order: bool,
+        spec: Compiled | None,
+    ) -> None:
+        super().__init__(
+            tree, self._prepare_lane, given, edits=edits if spec is None else (), strict_order=strict_order
+        )
+        self._spec = spec
+        self._held = () if spec is None else edits  # that the spec stands for, as long as no block sees the values
         self._params = params
         self._invokes: list[_Invoke] = []
 
@@ -53,7 +68,8 @@ class LaneTracer(Tracer):
 
     def _call_of(self, given: Given, run: Run) -> Call:
         lane = lane_maker.get()(Given(given.args, {**self._params, **given.kwargs}))
-        lane.run = run
+        lane.run, lane.spec, lane.edits = run, self._spec, self._held
+        run.lone = run.lone and not self._held
         return Call(lane, (), {}, repeatable=False, passes=LanePass)
 
     def _add_invoke(
