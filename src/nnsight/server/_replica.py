@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import threading
 from typing import Protocol
 
@@ -34,6 +35,9 @@ class Runner(Protocol):
 
     def start(self) -> None:
         """Load the model, if it is not there."""
+
+    def rest(self) -> None:
+        """Let go of the weights, and keep what loading them again is quicker with."""
 
     def run(self, frame: bytes, emit: Emit) -> bytes:
         """The answer to a job."""
@@ -111,7 +115,7 @@ class Replica:
             if claim is None and not self._ending.is_set():
                 self._news.work.wait(_CHECK)
         if claim is not None and self._ending.is_set():
-            self._queue.give_back(claim.id)
+            self._queue.give_back(claim.id, claim.turn)
             return None
         if claim is None:
             self._queue.sweep()
@@ -128,7 +132,7 @@ class Replica:
         """Run jobs in one forward; those that this does not serve are to be run alone."""
         shared, done = Shared([], []), threading.Event()
         seconds = min(_LONGEST_TOGETHER, *(claim.seconds for claim in claims))
-        watch = _Watch([claim.id for claim in claims], seconds, self._queue, self._runner, done)
+        watch = _Watch(claims, seconds, self._queue, self._runner, done)
         watch.start()
         try:
             shared = self._runner.run_together([claim.frame for claim in claims])
@@ -145,27 +149,27 @@ class Replica:
         for number, claim in enumerate(claims):
             answer = shared.answers[number] if number < len(shared.answers) else None
             if answer is None or len(answer) > self._limits.answer:
-                self._queue.give_back(claim.id, alone=True)
+                self._queue.give_back(claim.id, claim.turn, alone=True)
                 continue
             served += 1
-            output = _Output(claim.id, self._queue, self._limits.output)
+            output = _Output(claim, self._queue, self._limits.output)
             for event in shared.events[number]:
                 output(event)
-            self._queue.finish(claim.id, answer)
+            self._queue.finish(claim.id, answer, claim.turn)
         if served:
             self._queue.monitor.shared(self.model, served)
 
     def _run(self, claim: Claim) -> None:
         done = threading.Event()
-        watch = _Watch([claim.id], claim.seconds, self._queue, self._runner, done)
+        watch = _Watch([claim], claim.seconds, self._queue, self._runner, done)
         watch.start()
-        output = _Output(claim.id, self._queue, self._limits.output)
+        output = _Output(claim, self._queue, self._limits.output)
         try:
             answer = self._runner.run(claim.frame, output)
         except NotBegunError:
             done.set()
             watch.join()
-            self._queue.give_back(claim.id)
+            self._queue.give_back(claim.id, claim.turn)
             raise
         except DiedError as error:
             if watch.reason is None:
@@ -173,34 +177,37 @@ class Replica:
             done.set()
             watch.join()
             if watch.reason == "cancelled":
-                self._queue.stopped(claim.id)
+                self._queue.stopped(claim.id, claim.turn)
             elif watch.reason is not None:
-                self._queue.fail(claim.id, watch.reason)
+                self._queue.fail(claim.id, watch.reason, claim.turn)
             elif self._ending.is_set():
-                self._queue.give_back(claim.id)
+                self._queue.give_back(claim.id, claim.turn)
             else:
-                self._queue.lose(claim.id)
+                self._queue.lose(claim.id, claim.turn)
             return
         finally:
             done.set()
         watch.join()
         if len(answer) > self._limits.answer:
-            self._queue.fail(claim.id, f"The saved values have {len(answer)} bytes; at most {self._limits.answer} do.")
+            reason = f"The saved values have {len(answer)} bytes; at most {self._limits.answer} do."
+            self._queue.fail(claim.id, reason, claim.turn)
             return
         try:
-            self._queue.finish(claim.id, answer)
+            self._queue.finish(claim.id, answer, claim.turn)
         except OSError as error:
             log.error("answer not kept", extra={"job": claim.id, "error": type(error).__name__, "number": error.errno})
-            self._queue.fail(claim.id, "The server had no room for the answer.")
+            full = error.errno in (errno.ENOSPC, errno.EDQUOT)
+            reason = "The server had no room for the answer." if full else "The server could not keep the answer."
+            self._queue.fail(claim.id, reason, claim.turn)
 
 
 class _Watch(threading.Thread):
     """Renews the lease of a job that runs, and ends it where its user or its time says so."""
 
-    def __init__(self, jobs: list[str], seconds: float, queue: Queue, runner: Runner, done: threading.Event) -> None:
+    def __init__(self, claims: list[Claim], seconds: float, queue: Queue, runner: Runner, done: threading.Event) -> None:
         super().__init__(name="watch", daemon=True)
         self.reason: str | None = None
-        self._jobs = jobs
+        self._claims = claims
         self._seconds = seconds
         self._queue = queue
         self._runner = runner
@@ -210,7 +217,7 @@ class _Watch(threading.Thread):
         beats = 0
         while not self._done.wait(_BEAT):
             beats += 1
-            wanted = [self._queue.beat(job) for job in self._jobs]
+            wanted = [self._queue.beat(claim.id, claim.turn) for claim in self._claims]
             if not all(wanted):
                 self.reason = "cancelled"
             elif beats * _BEAT > self._seconds:
@@ -223,8 +230,8 @@ class _Watch(threading.Thread):
 class _Output:
     """Keeps a job's events, up to a limit."""
 
-    def __init__(self, job: str, queue: Queue, limit: int) -> None:
-        self._job = job
+    def __init__(self, claim: Claim, queue: Queue, limit: int) -> None:
+        self._claim = claim
         self._queue = queue
         self._left = limit
         self._number = 0
@@ -235,5 +242,5 @@ class _Output:
         self._left -= len(event.text) + 64
         if self._left <= 0:
             event = Event("print", "\n[the job has printed as much as one may; the rest is left out]\n")
-        self._queue.note(self._job, self._number, event)
+        self._queue.note(self._claim.id, self._number, event, self._claim.turn)
         self._number += 1

@@ -6,8 +6,8 @@ import fcntl
 import ipaddress
 import os
 import sys
-from collections.abc import AsyncIterator, Sequence
-from contextlib import asynccontextmanager
+from collections.abc import AsyncIterator, Callable, Sequence
+from contextlib import ExitStack, asynccontextmanager
 from pathlib import Path
 from typing import IO, Any
 
@@ -25,7 +25,9 @@ from ._monitor import Monitor, log_to_stderr
 from ._news import News
 from ._process import ConfinedRunner, TrustedRunner
 from ._queue import Queue
-from ._replica import Replica
+from ._ray import Cluster, RayRunner
+from ._relay import Relay
+from ._replica import Replica, Runner
 from ._service import Service
 from ._store import Store
 
@@ -48,6 +50,10 @@ def serve(
     options: dict[str, Any] | None = None,
     limits: Limits | None = None,
     replicas: int = 1,
+    ray: str | None = None,
+    resources: dict[str, float] | None = None,
+    database: str | None = None,
+    results: str | None = None,
 ) -> None:
     """Serve models until the process is told to end.
 
@@ -62,6 +68,10 @@ def serve(
         options: Options of `LanguageModel` for every model.
         limits: What one user may take.
         replicas: How many processes hold each model.
+        ray: The cluster that they are in: `local`, `auto`, or its address; by default they are on this machine.
+        resources: What the cluster sets aside for each of them, `{"CPU": 1}` by default.
+        database: The URL of the queue's database, which several servers may share.
+        results: The URL below which the bytes of jobs and answers are kept, as fsspec has them: `s3://bucket/folder`.
 
     Raises:
         ServeError: The options do not go together.
@@ -69,15 +79,21 @@ def serve(
     _check(host, keys, no_auth_on_loopback=no_auth_on_loopback, trusted=trusted)
     limits = limits or Limits()
     folder = data or _default_folder()
-    with _only_server_in(folder):
-        store, news, monitor = Store(folder), News(), Monitor()
+    with _only_server_in(folder), ExitStack() as open_:
+        store = Store(folder, database, results)
+        open_.callback(store.close)
+        news, monitor = News(), Monitor()
+        if store.shared:
+            open_.callback(Relay(store.engine, news).close)
         queue = Queue(store, limits, news, monitor)
         queue.recover()
+        make_runner = _runners(ray, store.server, resources or {"CPU": 1}, limits, open_, trusted=trusted)
 
         def make(model: str) -> list[Replica]:
-            return [
-                _replica(model, options or {}, queue, news, limits, trusted=trusted) for _ in range(max(replicas, 1))
-            ]
+            _, _, revision = model.partition("@")
+            own = {**(options or {}), "revision": revision} if revision else options or {}
+            runners = [make_runner(model, number, own) for number in range(max(replicas, 1))]
+            return [Replica(model, runner, queue, news, limits) for runner in runners]
 
         every = list(dict.fromkeys([*models, *store.deployed()]))
         fleet = Fleet(every, make, queue, lambda names: store.keep_deployed(set(names) - set(models)))
@@ -86,19 +102,19 @@ def serve(
         app.router.lifespan_context = _lifespan(service)
         log_to_stderr()
         sys.setswitchinterval(_SWITCH)
-        try:
-            _Server(app, host, port).run()
-        finally:
-            store.close()
+        _Server(app, host, port).run()
 
 
-def _replica(
-    model: str, options: dict[str, Any], queue: Queue, news: News, limits: Limits, *, trusted: bool
-) -> Replica:
-    name, _, revision = model.partition("@")
-    runner = TrustedRunner if trusted else ConfinedRunner
-    own = {**options, "revision": revision} if revision else options
-    return Replica(model, runner(name, own, limits), queue, news, limits)
+def _runners(
+    ray: str | None, server: str, resources: dict[str, float], limits: Limits, open_: ExitStack, *, trusted: bool
+) -> Callable[[str, int, dict[str, Any]], Runner]:
+    """What makes the runner of a model's replica of a number."""
+    if ray is None:
+        runner = TrustedRunner if trusted else ConfinedRunner
+        return lambda model, _, options: runner(model.partition("@")[0], options, limits)
+    cluster = Cluster(ray, server, resources)
+    open_.callback(cluster.close)
+    return lambda model, number, options: RayRunner(cluster, model, number, options, limits, trusted=trusted)
 
 
 def _check(host: str, keys: Path | None, *, no_auth_on_loopback: bool, trusted: bool) -> None:
