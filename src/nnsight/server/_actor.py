@@ -56,7 +56,7 @@ class ModelActor:
         self._runner = runner(given.name, msgspec.json.decode(given.options), given.limits)
         # One thread does all that starts processes, which die with the thread that has started them.
         self._thread = ThreadPoolExecutor(1, thread_name_prefix="model")
-        self._running: Future[bytes] | None = None
+        self._running: Future[None] | None = None
         self._heard = time.monotonic()
         threading.Thread(target=self._leave_when_forgotten, args=(leave,), daemon=True).start()
 

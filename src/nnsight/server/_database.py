@@ -26,6 +26,9 @@ def open_database(url: str) -> Engine:
     """
     try:
         parsed = make_url(url)
+    except ArgumentError as error:
+        raise DatabaseError(f"This is no URL of a database, such as postgresql+psycopg://host/name: {error}") from error
+    try:
         parsed = parsed.set(drivername=_DRIVERS.get(parsed.drivername, parsed.drivername))
         kind = parsed.get_backend_name()
         if kind == "sqlite":
@@ -37,8 +40,8 @@ def open_database(url: str) -> Engine:
             return engine
     except ImportError as error:
         raise DatabaseError(f'The database needs a driver: pip install "nnsight[postgresql]" ({error})') from error
-    except (ArgumentError, NoSuchModuleError) as error:
-        raise DatabaseError(f"This is no URL of a database, such as postgresql+psycopg://host/name: {error}") from error
+    except NoSuchModuleError as error:
+        raise DatabaseError(f"{error}: postgresql+psycopg://… and sqlite:///… can be used") from error
     except SQLAlchemyError as error:
         where = parsed.render_as_string(hide_password=True)
         raise DatabaseError(f"The database {where} cannot be used: {_cause(error)}") from error
@@ -80,7 +83,9 @@ def make_tables(engine: Engine, metadata: Any) -> None:
             for column in table.columns:
                 if column.name not in there:
                     kind = column.type.compile(engine.dialect)
-                    db.execute(text(f"ALTER TABLE {table.name} ADD COLUMN {column.name} {kind} DEFAULT {_default(column)}"))
+                    db.execute(
+                        text(f"ALTER TABLE {table.name} ADD COLUMN {column.name} {kind} DEFAULT {_default(column)}")
+                    )
 
 
 def _default(column: Any) -> str:

@@ -10,6 +10,8 @@ from pathlib import Path
 from typing import Any, Protocol
 from urllib.parse import urlsplit
 
+import fsspec.core
+
 from ..errors import NNsightError
 
 
@@ -101,8 +103,6 @@ def open_files(url: str | None, folder: Path) -> Files:
 
 
 def _open(url: str) -> tuple[Any, str]:
-    import fsspec.core
-
     scheme = urlsplit(url).scheme
     if not scheme:
         raise FilesError(f"{url!r} is no URL: s3://bucket/folder is one; --data names a folder.")

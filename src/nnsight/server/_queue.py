@@ -160,6 +160,18 @@ class Queue:
         with self._store.look() as db:
             return {row[0]: row[1] for row in db.execute(waiting)}
 
+    def waiting(self) -> dict[str, float]:
+        """When the oldest job that waits for each model came."""
+        oldest = select(jobs.c.model, func.min(jobs.c.created)).where(jobs.c.status == "queued")
+        with self._store.look() as db:
+            return {row[0]: row[1] for row in db.execute(oldest.group_by(jobs.c.model))}
+
+    def used(self) -> dict[str, float]:
+        """When a job of each model came or began last."""
+        last = select(jobs.c.model, func.max(func.coalesce(jobs.c.ended, jobs.c.started, jobs.c.created)))
+        with self._store.look() as db:
+            return {row[0]: row[1] for row in db.execute(last.group_by(jobs.c.model))}
+
     def _own(self, db: Connection, owner: str, job: str, *, lock: bool = False) -> Any:
         mine = select(jobs).where(jobs.c.id == job, jobs.c.owner == owner)
         row = db.execute(mine.with_for_update() if lock else mine).one_or_none()

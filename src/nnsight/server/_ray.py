@@ -18,19 +18,15 @@ from ._actor import ANSWERED, DIED, HAPPENED, NOT_BEGUN, TAKEN, Charge, ModelAct
 from ._limits import Limits
 from ._monitor import log
 from ._process import share
-from ._replica import DiedError, Emit, NotBegunError
+from ._replica import DiedError, Emit, NoRoomError, NotBegunError
 
 _PATIENCE = 1.0  # seconds between two looks whether there is room
 _THREADS = 8  # requests to an actor at a time: a job, its end, and questions
-_PLACING = 60.0  # seconds to wait for room before saying that there is none
+_PLACING = 3.0  # seconds to wait for room before saying that there is none
 
 
 class RayError(NNsightError):
     """A cluster that cannot be used as asked."""
-
-
-class NoRoomError(DiedError):
-    """The cluster has no room for another replica."""
 
 
 class Cluster:

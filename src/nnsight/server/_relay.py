@@ -52,12 +52,10 @@ class Relay:
                 self._ending.wait(_AGAIN)
 
     def _hear(self, db: Any) -> None:
+        db.detach()  # nobody else is to have a connection that listens
         db.execute(text(f"LISTEN {_CHANNEL}"))
         driver = db.connection.driver_connection
-        try:
-            self._news.hear(None)
-            while not self._ending.is_set():
-                for notice in driver.notifies(timeout=_LOOK, stop_after=64):
-                    self._news.hear(None if notice.payload == _WORK else notice.payload)
-        finally:
-            db.invalidate()  # nobody else is to have a connection that listens
+        self._news.hear(None)
+        while not self._ending.is_set():
+            for notice in driver.notifies(timeout=_LOOK, stop_after=64):
+                self._news.hear(None if notice.payload == _WORK else notice.payload)

@@ -21,6 +21,10 @@ class DiedError(Exception):
     """What ran a job has ended without an answer."""
 
 
+class NoRoomError(DiedError):
+    """There is no place for what is to run jobs."""
+
+
 class NotBegunError(DiedError):
     """What was to run a job has ended before it began."""
 
@@ -61,22 +65,39 @@ class Emit(Protocol):
 
 
 class Replica:
-    """Serves one model until it is told to end."""
+    """Serves one model until it is told to end.
+
+    `ready` says that it takes jobs, `rested` that it holds no weights.
+    """
 
     def __init__(self, model: str, runner: Runner, queue: Queue, news: News, limits: Limits) -> None:
         self.model = model
         self.ready = threading.Event()
+        self.rested = threading.Event()
         self.failure: str | None = None
+        self.cramped = False
         self._runner = runner
         self._queue = queue
         self._news = news
         self._limits = limits
         self._ending = threading.Event()
+        self._resting = threading.Event()
         self._thread = threading.Thread(target=self._serve, name=f"replica of {model}", daemon=True)
 
     def start(self) -> None:
         """Begin to load the model and to take jobs."""
         self._thread.start()
+
+    def rest(self) -> None:
+        """Let go of the weights, when the job that runs has ended."""
+        self._resting.set()
+        self._news.hear(None)
+
+    def wake(self) -> None:
+        """Load the weights again."""
+        self.rested.clear()
+        self._resting.clear()
+        self._news.hear(None)
 
     def end(self, seconds: float | None = None) -> None:
         """Take no more jobs, and wait for the one that runs."""
@@ -92,8 +113,12 @@ class Replica:
     def _serve(self) -> None:
         while not self._ending.is_set():
             try:
+                if self._resting.is_set():
+                    self._rest()
+                    continue
+                self.rested.clear()
                 self._runner.start()
-                self.failure = None
+                self.failure, self.cramped = None, False
                 if not self.ready.is_set():
                     log.info("replica ready", extra={"model": self.model})
                 self.ready.set()
@@ -102,17 +127,27 @@ class Replica:
                     self._run_with_others(claim)
             except DiedError as error:
                 self.ready.clear()
-                self.failure = str(error)
+                self.failure, self.cramped = str(error), isinstance(error, NoRoomError)
                 log.error("replica failed", extra={"model": self.model, "reason": str(error)})
                 self._ending.wait(1.0)
             except Exception as error:  # the database was locked for too long, the disk is full
                 log.error("replica out of order", extra={"model": self.model, "error": type(error).__name__})
                 self._ending.wait(1.0)
 
+    def _rest(self) -> None:
+        self.ready.clear()
+        self._runner.rest()
+        self.failure, self.cramped = None, False
+        with self._news.work:
+            if self._resting.is_set():
+                self.rested.set()
+            if self._resting.is_set() and not self._ending.is_set():
+                self._news.work.wait(_CHECK)
+
     def _next(self) -> Claim | None:
         with self._news.work:
             claim = self._queue.claim(self.model)
-            if claim is None and not self._ending.is_set():
+            if claim is None and not self._ending.is_set() and not self._resting.is_set():
                 self._news.work.wait(_CHECK)
         if claim is not None and self._ending.is_set():
             self._queue.give_back(claim.id, claim.turn)
@@ -204,7 +239,9 @@ class Replica:
 class _Watch(threading.Thread):
     """Renews the lease of a job that runs, and ends it where its user or its time says so."""
 
-    def __init__(self, claims: list[Claim], seconds: float, queue: Queue, runner: Runner, done: threading.Event) -> None:
+    def __init__(
+        self, claims: list[Claim], seconds: float, queue: Queue, runner: Runner, done: threading.Event
+    ) -> None:
         super().__init__(name="watch", daemon=True)
         self.reason: str | None = None
         self._claims = claims

@@ -18,6 +18,7 @@ from fastapi.concurrency import run_in_threadpool
 from ..errors import NNsightError
 from ..sandbox import missing
 from ._app import make_app
+from ._budget import Budget
 from ._fleet import Fleet
 from ._keys import Keys
 from ._limits import Limits
@@ -29,6 +30,7 @@ from ._ray import Cluster, RayRunner
 from ._relay import Relay
 from ._replica import Replica, Runner
 from ._service import Service
+from ._sizes import weight_bytes
 from ._store import Store
 
 _SWITCH = 0.0005  # seconds; replicas and requests are threads that hand over to each other
@@ -54,6 +56,7 @@ def serve(
     resources: dict[str, float] | None = None,
     database: str | None = None,
     results: str | None = None,
+    budget: Budget | None = None,
 ) -> None:
     """Serve models until the process is told to end.
 
@@ -73,6 +76,8 @@ def serve(
         database: The URL of the queue's database, which several servers may share.
         results: The URL below which the bytes of jobs and answers are kept, as fsspec has them: `s3://bucket/folder`.
 
+        budget: What the weights of all models may take together; by default all of them are loaded.
+
     Raises:
         ServeError: The options do not go together.
     """
@@ -87,16 +92,28 @@ def serve(
             open_.callback(Relay(store.engine, news).close)
         queue = Queue(store, limits, news, monitor)
         queue.recover()
-        make_runner = _runners(ray, store.server, resources or {"CPU": 1}, limits, open_, trusted=trusted)
+        cluster = Cluster(ray, store.server, resources or {"CPU": 1}) if ray is not None else None
+        if cluster is not None:
+            open_.callback(cluster.close)
+        count = max(replicas, 1)
+        make_runner = _runners(cluster, limits, trusted=trusted)
 
         def make(model: str) -> list[Replica]:
-            _, _, revision = model.partition("@")
-            own = {**(options or {}), "revision": revision} if revision else options or {}
-            runners = [make_runner(model, number, own) for number in range(max(replicas, 1))]
+            runners = [make_runner(model, number, _own(model, options)) for number in range(count)]
             return [Replica(model, runner, queue, news, limits) for runner in runners]
 
+        def size_of(model: str) -> int:
+            return weight_bytes(model.partition("@")[0], _own(model, options)) * count
+
+        def tidy(loaded: Sequence[str]) -> None:
+            if cluster is not None:
+                cluster.clear([cluster.name(model, number) for model in loaded for number in range(count)])
+
+        def keep(names: Sequence[str]) -> None:
+            store.keep_deployed(set(names) - set(models))
+
         every = list(dict.fromkeys([*models, *store.deployed()]))
-        fleet = Fleet(every, make, queue, lambda names: store.keep_deployed(set(names) - set(models)))
+        fleet = Fleet(every, make, queue, keep, budget=budget, size_of=size_of, tidy=tidy)
         service = Service(queue, fleet, Keys(keys), limits, news, monitor, trusted=trusted)
         app = make_app(service)
         app.router.lifespan_context = _lifespan(service)
@@ -105,15 +122,16 @@ def serve(
         _Server(app, host, port).run()
 
 
-def _runners(
-    ray: str | None, server: str, resources: dict[str, float], limits: Limits, open_: ExitStack, *, trusted: bool
-) -> Callable[[str, int, dict[str, Any]], Runner]:
+def _own(model: str, options: dict[str, Any] | None) -> dict[str, Any]:
+    _, _, revision = model.partition("@")
+    return {**(options or {}), "revision": revision} if revision else options or {}
+
+
+def _runners(cluster: Cluster | None, limits: Limits, *, trusted: bool) -> Callable[[str, int, dict[str, Any]], Runner]:
     """What makes the runner of a model's replica of a number."""
-    if ray is None:
+    if cluster is None:
         runner = TrustedRunner if trusted else ConfinedRunner
         return lambda model, _, options: runner(model.partition("@")[0], options, limits)
-    cluster = Cluster(ray, server, resources)
-    open_.callback(cluster.close)
     return lambda model, number, options: RayRunner(cluster, model, number, options, limits, trusted=trusted)
 
 

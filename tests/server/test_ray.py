@@ -1,0 +1,242 @@
+"""Replicas in a real Ray cluster: the same answers, deaths of actors, nodes and the service, and nothing left behind."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from contextlib import suppress
+
+import httpx
+import psutil
+import pytest
+import torch
+
+import nnsight
+from nnsight import CONFIG, LanguageModel
+
+pytest.importorskip("ray", reason='Ray is not installed: pip install "nnsight[ray]"')
+
+NAME = "nnsight/landmarks"
+PROMPT = "The Eiffel Tower is in the city of"
+LIST_GROUPS = """
+import json, sys, ray, ray.util
+ray.init(address=sys.argv[1], logging_level="error", log_to_driver=False)
+print(json.dumps([[g["name"], g["state"]] for g in ray.util.placement_group_table().values()]))
+"""
+
+
+def wait_until(condition, seconds=120):
+    deadline = time.monotonic() + seconds
+    while not condition():
+        assert time.monotonic() < deadline
+        time.sleep(0.05)
+
+
+class Nodes:
+    """A cluster whose head holds no replicas, and nodes with room for one each."""
+
+    def __init__(self):
+        from ray.cluster_utils import Cluster
+
+        head = {"num_cpus": 0, "include_dashboard": False, "object_store_memory": 80 * 2**20}
+        noticing = {"health_check_period_ms": 500, "health_check_timeout_ms": 1000, "health_check_failure_threshold": 3}
+        self.cluster = Cluster(initialize_head=True, head_node_args={**head, "_system_config": noticing})
+        self.address = self.cluster.address
+
+    def add(self):
+        return self.cluster.add_node(num_cpus=1, object_store_memory=80 * 2**20, wait=False)
+
+    def groups(self):
+        """The placement groups that are there."""
+        found = subprocess.run([sys.executable, "-c", LIST_GROUPS, self.address], capture_output=True, text=True)
+        return [name for name, state in json.loads(found.stdout.splitlines()[-1]) if state != "REMOVED"]
+
+
+def actors():
+    """The processes of replicas, by node."""
+    return processes(lambda line: line[0].startswith("ray::ModelActor"))
+
+
+def holders():
+    """The processes that hold models, beside the actors."""
+    owners = set(actors())
+    found = processes(lambda line: "nnsight.server._worker" in line)
+    return {pid: process for pid, process in found.items() if process.ppid() in owners}
+
+
+def processes(wanted):
+    found = {}
+    for process in psutil.process_iter():
+        with suppress(psutil.Error):
+            line = process.cmdline()
+            if line and wanted(line) and os.environ["HF_HOME"] == process.environ().get("HF_HOME"):
+                found[process.pid] = process
+    return found
+
+
+@pytest.fixture(scope="module")
+def nodes():
+    os.environ["RAY_USAGE_STATS_ENABLED"] = "0"
+    nodes = Nodes()
+    yield nodes
+    nodes.cluster.shutdown()
+
+
+@pytest.fixture(scope="module")
+def place(nodes, start_server, tmp_path_factory):
+    """A server with two replicas, each on a node of its own; tests may put another in its stead."""
+
+    class Place:
+        folder = tmp_path_factory.mktemp("ray")
+        workers = (nodes.add(), nodes.add())
+
+        def start(self, *more):
+            self.server = start_server(NAME, "--ray", nodes.address, "--replicas", "2", *more, folder=self.folder)
+            CONFIG.API.HOST = self.server.host
+            self.wait(2)
+
+        def wait(self, ready):
+            wait_until(lambda: [model.ready for model in nnsight.status().models] == [ready])
+
+        def ended(self):
+            """How many jobs have ended how, as this process of the server has counted them."""
+            lines = httpx.get(f"{self.server.host}/metrics").text.splitlines()
+            found = (line for line in lines if line.startswith("nnsight_jobs_ended_total"))
+            return {line.partition('status="')[2].partition('"')[0]: float(line.split()[-1]) for line in found}
+
+    before, place = CONFIG.API.HOST, Place()
+    place.start()
+    yield place
+    CONFIG.API.HOST = before
+    place.server.process.terminate()  # before the cluster is gone
+    place.server.process.wait(60)
+
+
+def send(number, seconds, size=0):
+    model = LanguageModel(NAME)
+    with model.trace(PROMPT, remote=True, blocking=False, timeout=200, solo=True) as job:
+        import time as clock
+
+        import torch as library
+
+        print("begun")
+        clock.sleep(seconds)
+        mine = [number].save()
+        large = library.full((size,), float(number)).save()
+    wait_until(lambda: job.id is not None)
+    return job
+
+
+def check(job, number, size=0):
+    values = job.result()
+    assert values["mine"] == [number]
+    assert torch.equal(values["large"], torch.full((size,), float(number)))
+
+
+def test_a_job_is_confined_and_equals_the_local_trace(place):
+    model = LanguageModel(NAME)
+    with model.trace(PROMPT, remote=True):
+        model.transformer.h[0].output[0][:, -1] = 0
+        hidden = model.transformer.h[1].output[0].save()
+        logits = model.output.logits.save()
+        try:
+            with open("/etc/passwd") as file:
+                seen = file.read(1)
+        except OSError as error:
+            seen = type(error).__name__
+        seen = seen.save()
+    with model.trace(PROMPT):
+        model.transformer.h[0].output[0][:, -1] = 0
+        hidden_here = model.transformer.h[1].output[0].save()
+        logits_here = model.output.logits.save()
+    assert torch.equal(hidden, hidden_here)
+    assert torch.equal(logits, logits_here)
+    assert seen in ("PermissionError", "FileNotFoundError")
+    assert len(actors()) == len(holders()) == 2
+
+
+def test_an_error_of_a_block_is_the_same_error(place):
+    model = LanguageModel(NAME)
+    with pytest.raises(ValueError, match="of the block"):
+        with model.trace(PROMPT, remote=True):
+            raise ValueError("of the block")
+
+
+def test_replicas_on_two_nodes_share_the_queue(place):
+    parents = [process.parent().pid for process in actors().values()]
+    assert len(set(parents)) == 2
+    begun = time.monotonic()
+    for number, job in enumerate([send(0, 2), send(1, 2)]):
+        check(job, number)
+    assert time.monotonic() - begun < 3.9
+
+
+def test_a_job_is_cancelled_where_it_runs(place):
+    job = send(0, 100)
+    wait_until(lambda: job.status == "running")
+    job.cancel()
+    wait_until(lambda: job.status == "cancelled", 10)
+    check(send(5, 0), 5)
+
+
+def test_every_job_ends_once_when_actors_die(place):
+    """Both die: one job is done, two run, one is about to answer with megabytes or has just begun to, one waits."""
+    counted = place.ended()
+    done = send(0, 0)
+    check(done, 0)
+    running, finishing, waiting = send(1, 1.5), send(2, 0, size=8_000_000), send(3, 0)
+    wait_until(lambda: running.status == "running" and finishing.status != "queued")
+    for process in actors().values():
+        process.kill()
+    check(running, 1)
+    check(finishing, 2, 8_000_000)
+    check(waiting, 3)
+    assert done.status == "done"
+    assert place.ended()["done"] - counted["done"] == 4
+    assert place.ended().keys() == counted.keys()
+
+
+def test_a_service_that_starts_again_finds_its_actors_and_ends_every_job_once(place):
+    place.wait(2)
+    before, held = set(actors()), set(holders())
+    running, waiting = send(1, 3), send(2, 0)
+    wait_until(lambda: running.status == "running")
+    address = place.server.host
+    place.server.process.kill()
+    place.server.process.wait()
+    assert set(actors()) == before  # they outlive it
+    place.start("--port", address.rpartition(":")[2])
+    assert place.server.host == address
+    check(running, 1)
+    check(waiting, 2)
+    assert set(actors()) == before
+    assert set(holders()) == held  # and the weights were not loaded again
+    assert place.ended() == {"done": 2}
+
+
+def test_every_job_ends_once_when_a_node_dies(place, nodes):
+    counted = place.ended()
+    jobs = [send(1, 2), send(2, 2), send(3, 0), send(4, 0, size=1_000_000)]
+    wait_until(lambda: sum(job.status == "running" for job in jobs) == 2)
+    node = place.workers[0]
+    raylets = [info.process.pid for kind, infos in node.all_processes.items() if kind == "raylet" for info in infos]
+    assert len(raylets) == 1
+    os.kill(raylets[0], signal.SIGKILL)
+    for number, job in enumerate(jobs, 1):
+        check(job, number, 1_000_000 if number == 4 else 0)
+    assert place.ended()["done"] - counted["done"] == 4
+    wait_until(lambda: [model.ready for model in nnsight.status().models] == [1])
+    wait_until(lambda: any("no room" in (model.failure or "") for model in nnsight.status().models))
+    assert len(holders()) == 1  # what the node held has gone with it
+
+
+def test_nothing_is_left_when_the_server_ends(place, nodes):
+    assert nodes.groups()
+    place.server.process.terminate()
+    place.server.process.wait(60)
+    wait_until(lambda: not actors() and not holders(), 20)
+    assert nodes.groups() == []
