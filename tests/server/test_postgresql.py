@@ -8,7 +8,9 @@ import sys
 import time
 from collections import Counter
 
+import httpx
 import pytest
+from sqlalchemy import create_engine, text
 
 from nnsight import CONFIG, LanguageModel
 from nnsight.server._database import DatabaseError, open_database
@@ -189,12 +191,27 @@ def test_two_servers_with_one_database_and_one_bucket(start_server, database, s3
     begun = time.monotonic()
     assert [job.result()["mine"] for job in jobs] == [[0], [1]]
     assert time.monotonic() - begun < 12
+    # Connections to the database are cut while a job runs: it ends once nevertheless.
+    with model.trace("Hello", remote=True, blocking=False, timeout=200, solo=True) as job:
+        import time as clock
+
+        print("begun")
+        clock.sleep(2)
+        mine = [2].save()
+    while job.status != "running":
+        time.sleep(0.02)
+    cut = "SELECT count(pg_terminate_backend(pid)) FROM pg_stat_activity WHERE pid <> pg_backend_pid() AND usename = user"
+    engine = create_engine(database)
+    with engine.connect() as db:
+        assert db.execute(text(cut)).scalar() > 2
+    engine.dispose()
+    assert job.result()["mine"] == [2]
+    jobs.append(job)
     # Both have run one of them, and the answers are the second server's too.
     monkeypatch.setattr(CONFIG.API, "HOST", second.host)
-    import httpx
-
     for job in jobs:
         assert httpx.get(f"{second.host}/v1/jobs/{job.id}").json()["status"] == "done"
         assert httpx.get(f"{second.host}/v1/jobs/{job.id}/result").content.startswith(b"NNS\x01")
     ended = [httpx.get(f"{server.host}/metrics").text for server in (first, second)]
-    assert all('nnsight_jobs_ended_total{model="nnsight/landmarks",status="done"} 1.0' in text for text in ended)
+    counted = [float(line.split()[-1]) for lines in ended for line in lines.splitlines() if "_ended_total{" in line]
+    assert sorted(counted) == [1, 2]

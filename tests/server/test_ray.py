@@ -4,11 +4,14 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
+import threading
 import time
 from contextlib import suppress
+from pathlib import Path
 
 import httpx
 import psutil
@@ -83,7 +86,9 @@ def nodes():
     os.environ["RAY_USAGE_STATS_ENABLED"] = "0"
     nodes = Nodes()
     yield nodes
+    logs = Path(nodes.cluster.head_node.get_session_dir_path())
     nodes.cluster.shutdown()
+    shutil.rmtree(logs, ignore_errors=True)
 
 
 @pytest.fixture(scope="module")
@@ -231,7 +236,7 @@ def test_every_job_ends_once_when_a_node_dies(place, nodes):
     assert place.ended()["done"] - counted["done"] == 4
     wait_until(lambda: [model.ready for model in nnsight.status().models] == [1])
     wait_until(lambda: any("no room" in (model.failure or "") for model in nnsight.status().models))
-    assert len(holders()) == 1  # what the node held has gone with it
+    wait_until(lambda: len(actors()) == len(holders()) == 1)  # what the node held has gone with it
 
 
 def test_nothing_is_left_when_the_server_ends(place, nodes):
@@ -239,4 +244,70 @@ def test_nothing_is_left_when_the_server_ends(place, nodes):
     place.server.process.terminate()
     place.server.process.wait(60)
     wait_until(lambda: not actors() and not holders(), 20)
+    assert nodes.groups() == []
+
+
+# --- within a memory budget -------------------------------------------------------------------------------------
+
+HERE, THERE = "openai-community/gpt2", "gpt2"  # one small model by two names: 9.8 MiB of weights each
+
+
+def tiers():
+    return {model.name: model.tier for model in nnsight.status().models}
+
+
+def trace(name):
+    model = LanguageModel(name)
+    with model.trace(PROMPT, remote=True, timeout=100):
+        logits = model.output.logits.save()
+    with model.trace(PROMPT):
+        expected = model.output.logits.save()
+    assert torch.equal(logits, expected)
+
+
+def run(*arguments):
+    return subprocess.run([sys.executable, "-m", "nnsight", *arguments], capture_output=True, text=True, timeout=100)
+
+
+def test_models_are_loaded_on_demand_within_the_budget(nodes, start_server, monkeypatch):
+    """There is room for the weights of one, and on the node that is left for the processes of two."""
+    options = ("--memory-budget", "0.015", "--warm", "1", "--replica-cpus", "0.5")
+    server = start_server(HERE, THERE, "--ray", nodes.address, *options)
+    monkeypatch.setattr(CONFIG.API, "HOST", server.host)
+    server.wait_for(HERE)
+    most, over = [0.0], threading.Event()
+
+    def watch():
+        while not over.wait(0.05):
+            lines = httpx.get(f"{server.host}/metrics").text.splitlines()
+            most.append(sum(float(line.split()[-1]) for line in lines if line.startswith("nnsight_replicas_ready{")))
+
+    watching = threading.Thread(target=watch)
+    watching.start()
+    try:
+        assert tiers() == {HERE: "hot", THERE: "cold"}
+        first = set(actors())
+        trace(THERE)
+        assert tiers() == {HERE: "warm", THERE: "hot"}
+        assert set(actors()) > first  # what is warm has its process
+        pair = set(actors())
+        trace(HERE)
+        assert tiers() == {HERE: "hot", THERE: "warm"}
+        assert set(actors()) == pair
+        done = run("deploy", NAME, "--host", server.host)
+        assert done.returncode == 0, done.stderr
+        assert tiers()[NAME] == "cold"
+        trace(NAME)
+        assert tiers() == {HERE: "warm", THERE: "cold", NAME: "hot"}
+        assert len(actors()) == 2
+        assert run("evict", NAME, "--host", server.host).returncode == 0
+        assert NAME not in tiers()
+        wait_until(lambda: len(actors()) == 1)
+    finally:
+        over.set()
+        watching.join()
+        server.process.terminate()
+        server.process.wait(60)
+    assert max(most) == 1  # never were two loaded
+    wait_until(lambda: not actors(), 20)
     assert nodes.groups() == []

@@ -11,7 +11,7 @@ from typing import NamedTuple
 
 import msgspec
 
-from ..protocol import Event
+from ..protocol import Event, versions
 from ._limits import Limits
 from ._process import ConfinedRunner, TrustedRunner
 from ._replica import DiedError, NotBegunError
@@ -57,6 +57,8 @@ class ModelActor:
         # One thread does all that starts processes, which die with the thread that has started them.
         self._thread = ThreadPoolExecutor(1, thread_name_prefix="model")
         self._running: Future[None] | None = None
+        here = versions().nnsight
+        self._problem = f"the node has nnsight {here}, and the server {given.version}" if here != given.version else None
         self._heard = time.monotonic()
         threading.Thread(target=self._leave_when_forgotten, args=(leave,), daemon=True).start()
 
@@ -80,6 +82,8 @@ class ModelActor:
     def start(self, *, loaded: bool = True) -> str | None:
         """Load the model, or let go of it; what is wrong, where something is."""
         self._heard = time.monotonic()
+        if self._problem is not None:
+            return self._problem
         try:
             self._thread.submit(self._runner.start if loaded else self._runner.rest).result()
         except DiedError as error:

@@ -197,7 +197,8 @@ class Fleet:
     def _turn(self, model: str, tier: Tier) -> None:
         """Make a model hot, warm or cold."""
         served = self._served[model]
-        log.info("model turns", extra={"model": model, "from": served.tier, "to": tier})
+        if tier != served.tier:
+            log.info("model turns", extra={"model": model, "from": served.tier, "to": tier})
         begin = tier == "hot" and not (served.replicas and served.tier == "warm")
         if begin and not served.replicas:
             self._make_replicas(model)

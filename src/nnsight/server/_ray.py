@@ -142,7 +142,8 @@ class RayRunner:
     def stop(self) -> None:
         actor = self._actor
         if actor is not None:
-            actor.stop.remote()
+            with suppress(self._ray.exceptions.RayError):
+                self._ray.get(actor.stop.remote())  # and not later, when the next job runs
 
     def close(self) -> None:
         self._closed.set()

@@ -6,6 +6,8 @@ import errno
 import threading
 from typing import Protocol
 
+from sqlalchemy.exc import SQLAlchemyError
+
 from ..protocol import Event, Shared
 from ._limits import Limits
 from ._monitor import log
@@ -52,7 +54,7 @@ class Runner(Protocol):
         ...
 
     def stop(self) -> None:
-        """End the job that runs now, from another thread: `run` raises `DiedError` soon."""
+        """End the job that runs now, from another thread: `run` raises `DiedError` soon; nothing where none does."""
 
     def close(self) -> None:
         """Let go of the model."""
@@ -254,14 +256,20 @@ class _Watch(threading.Thread):
         beats = 0
         while not self._done.wait(_BEAT):
             beats += 1
-            wanted = [self._queue.beat(claim.id, claim.turn) for claim in self._claims]
+            if self.reason is not None:
+                self._runner.stop()  # the first time, it may not have begun
+                continue
+            try:
+                wanted = [self._queue.beat(claim.id, claim.turn) for claim in self._claims]
+            except SQLAlchemyError as error:  # the lease may run out meanwhile, and another take the job
+                log.error("lease not renewed", extra={"error": type(error).__name__})
+                wanted = []
             if not all(wanted):
                 self.reason = "cancelled"
             elif beats * _BEAT > self._seconds:
                 self.reason = f"The job ran for more than {self._seconds:g} seconds, and was ended."
             if self.reason is not None:
                 self._runner.stop()
-                return
 
 
 class _Output:

@@ -81,7 +81,8 @@ def serve(
     Raises:
         ServeError: The options do not go together.
     """
-    _check(host, keys, no_auth_on_loopback=no_auth_on_loopback, trusted=trusted)
+    here = ray in (None, "local")  # where blocks run: the nodes of a cluster confine them, or say that they cannot
+    _check(host, keys, no_auth_on_loopback=no_auth_on_loopback, trusted=trusted, confines=here)
     limits = limits or Limits()
     folder = data or _default_folder()
     with _only_server_in(folder), ExitStack() as open_:
@@ -135,7 +136,7 @@ def _runners(cluster: Cluster | None, limits: Limits, *, trusted: bool) -> Calla
     return lambda model, number, options: RayRunner(cluster, model, number, options, limits, trusted=trusted)
 
 
-def _check(host: str, keys: Path | None, *, no_auth_on_loopback: bool, trusted: bool) -> None:
+def _check(host: str, keys: Path | None, *, no_auth_on_loopback: bool, trusted: bool, confines: bool) -> None:
     if (keys is None) != no_auth_on_loopback:
         raise ServeError("Give either --api-keys FILE or --no-auth-on-loopback.")
     if (trusted or no_auth_on_loopback) and not _is_loopback(host):
@@ -143,7 +144,7 @@ def _check(host: str, keys: Path | None, *, no_auth_on_loopback: bool, trusted: 
         raise ServeError(
             f"{option} is for this machine alone: {host} can be reached from others. Use --host 127.0.0.1."
         )
-    lacking = [] if trusted else missing()
+    lacking = [] if trusted or not confines else missing()
     if lacking:
         raise ServeError(
             f"Other people's blocks cannot be confined on this machine, which lacks {'; '.join(lacking)}. With --trusted "
