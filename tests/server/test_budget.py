@@ -57,7 +57,9 @@ class World:
             if tier == "hot":
                 self.held.setdefault(model, self.now + self.rng.uniform(0, 3))
         assert sum(self.sizes[model] for model in self.held) <= self.budget.memory
-        assert sum(tier == "warm" and model not in self.held for model, tier in self.tier.items()) <= self.budget.warm + 1
+        assert (
+            sum(tier == "warm" and model not in self.held for model, tier in self.tier.items()) <= self.budget.warm + 1
+        )
         for model, loaded in self.held.items():
             ready = self.tier[model] == "hot" and loaded <= self.now and model not in self.running
             if ready and self.jobs[model]:

@@ -200,7 +200,9 @@ def test_two_servers_with_one_database_and_one_bucket(start_server, database, s3
         mine = [2].save()
     while job.status != "running":
         time.sleep(0.02)
-    cut = "SELECT count(pg_terminate_backend(pid)) FROM pg_stat_activity WHERE pid <> pg_backend_pid() AND usename = user"
+    cut = (
+        "SELECT count(pg_terminate_backend(pid)) FROM pg_stat_activity WHERE pid <> pg_backend_pid() AND usename = user"
+    )
     engine = create_engine(database)
     with engine.connect() as db:
         assert db.execute(text(cut)).scalar() > 2

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import threading
 import time
 from collections.abc import Callable, Iterator
@@ -18,7 +19,7 @@ from ._replica import DiedError, NotBegunError
 
 TAKEN, HAPPENED, ANSWERED, NOT_BEGUN, DIED = range(5)  # what a job in an actor says
 _FORGOTTEN = 600.0  # seconds without a word of a server, after which an actor ends
-_LOOK = 5.0
+_LOOK = 1.0
 
 
 class Charge(msgspec.Struct):
@@ -58,9 +59,11 @@ class ModelActor:
         self._thread = ThreadPoolExecutor(1, thread_name_prefix="model")
         self._running: Future[None] | None = None
         here = versions().nnsight
-        self._problem = f"the node has nnsight {here}, and the server {given.version}" if here != given.version else None
+        self._problem = (
+            f"the node has nnsight {here}, and the server {given.version}" if here != given.version else None
+        )
         self._heard = time.monotonic()
-        threading.Thread(target=self._leave_when_forgotten, args=(leave,), daemon=True).start()
+        threading.Thread(target=self._leave_when_alone, args=(leave,), daemon=True).start()
 
     def charge(self) -> str:
         """What it is for."""
@@ -124,9 +127,12 @@ class ModelActor:
         self._heard = time.monotonic()
         self._runner.stop()
 
-    def _leave_when_forgotten(self, leave: Callable[[], None]) -> None:
+    def _leave_when_alone(self, leave: Callable[[], None]) -> None:
+        node = os.getppid()
         while True:
             threading.Event().wait(_LOOK)
+            if os.getppid() != node:  # the node's own process has died, and Ray counts this one as dead
+                os._exit(1)
             busy = self._running is not None and not self._running.done()
             allowed = _FORGOTTEN + (self._limits.seconds if busy else 0.0)
             if time.monotonic() - self._heard > allowed:

@@ -129,8 +129,9 @@ class Replica:
                     self._run_with_others(claim)
             except DiedError as error:
                 self.ready.clear()
-                self.failure, self.cramped = str(error), isinstance(error, NoRoomError)
-                log.error("replica failed", extra={"model": self.model, "reason": str(error)})
+                known, self.failure, self.cramped = self.failure, str(error), isinstance(error, NoRoomError)
+                if known != self.failure:
+                    log.error("replica failed", extra={"model": self.model, "reason": str(error)})
                 self._ending.wait(1.0)
             except Exception as error:  # the database was locked for too long, the disk is full
                 log.error("replica out of order", extra={"model": self.model, "error": type(error).__name__})
