@@ -28,7 +28,8 @@ PROMPT = "The Eiffel Tower is in the city of"
 LIST_GROUPS = """
 import json, sys, ray, ray.util
 ray.init(address=sys.argv[1], logging_level="error", log_to_driver=False)
-print(json.dumps([[g["name"], g["state"]] for g in ray.util.placement_group_table().values()]))
+while sys.stdin.readline():
+    print(json.dumps([[g["name"], g["state"]] for g in ray.util.placement_group_table().values()]), flush=True)
 """
 
 
@@ -49,14 +50,27 @@ class Nodes:
         noticing = {"health_check_period_ms": 500, "health_check_timeout_ms": 1000, "health_check_failure_threshold": 3}
         self.cluster = Cluster(initialize_head=True, head_node_args={**head, "_system_config": noticing})
         self.address = self.cluster.address
+        command = [sys.executable, "-c", LIST_GROUPS, self.address]
+        self.asked = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
 
     def add(self):
         return self.cluster.add_node(num_cpus=1, object_store_memory=80 * 2**20, wait=False)
 
     def groups(self):
         """The placement groups that are there."""
-        found = subprocess.run([sys.executable, "-c", LIST_GROUPS, self.address], capture_output=True, text=True)
-        return [name for name, state in json.loads(found.stdout.splitlines()[-1]) if state != "REMOVED"]
+        self.asked.stdin.write("\n")
+        self.asked.stdin.flush()
+        while not (line := self.asked.stdout.readline()).startswith("["):
+            assert line
+        return [name for name, state in json.loads(line) if state != "REMOVED"]
+
+    def close(self):
+        self.asked.stdin.close()
+        self.asked.wait(30)
+        self.asked.stdout.close()
+        logs = Path(self.cluster.head_node.get_session_dir_path())
+        self.cluster.shutdown()
+        shutil.rmtree(logs, ignore_errors=True)
 
 
 def actors():
@@ -86,9 +100,7 @@ def nodes():
     os.environ["RAY_USAGE_STATS_ENABLED"] = "0"
     nodes = Nodes()
     yield nodes
-    logs = Path(nodes.cluster.head_node.get_session_dir_path())
-    nodes.cluster.shutdown()
-    shutil.rmtree(logs, ignore_errors=True)
+    nodes.close()
 
 
 @pytest.fixture(scope="module")
@@ -265,10 +277,6 @@ def trace(name):
     assert torch.equal(logits, expected)
 
 
-def run(*arguments):
-    return subprocess.run([sys.executable, "-m", "nnsight", *arguments], capture_output=True, text=True, timeout=100)
-
-
 def test_models_are_loaded_on_demand_within_the_budget(nodes, start_server, monkeypatch):
     """There is room for the weights of one, and on the node that is left for the processes of two."""
     options = ("--memory-budget", "0.015", "--warm", "1", "--replica-cpus", "0.5")
@@ -294,13 +302,12 @@ def test_models_are_loaded_on_demand_within_the_budget(nodes, start_server, monk
         trace(HERE)
         assert tiers() == {HERE: "hot", THERE: "warm"}
         assert set(actors()) == pair
-        done = run("deploy", NAME, "--host", server.host)
-        assert done.returncode == 0, done.stderr
+        httpx.post(f"{server.host}/v1/models", json={"model": NAME}, timeout=60).raise_for_status()
         assert tiers()[NAME] == "cold"
         trace(NAME)
         assert tiers() == {HERE: "warm", THERE: "cold", NAME: "hot"}
         assert len(actors()) == 2
-        assert run("evict", NAME, "--host", server.host).returncode == 0
+        httpx.delete(f"{server.host}/v1/models/{NAME}").raise_for_status()
         assert NAME not in tiers()
         wait_until(lambda: len(actors()) == 1)
     finally:

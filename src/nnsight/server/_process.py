@@ -55,6 +55,7 @@ class ModelProcess:
         assert self._socket is not None
         with suppress(OSError):
             Pipe(self._socket).send(LOAD)
+        self._expect(WARM)
         self._expect(READY)
         self._loaded = True
 
@@ -75,7 +76,6 @@ class ModelProcess:
                 command, pass_fds=[theirs.fileno()], stdin=subprocess.DEVNULL, env=_environment()
             )
         self._socket = ours
-        self._expect(WARM)
 
     def _expect(self, wanted: bytes) -> None:
         assert self._socket is not None

@@ -26,6 +26,7 @@ class Relay:
 
     def __init__(self, engine: Engine, news: News) -> None:
         self._engine = engine.execution_options(isolation_level="AUTOCOMMIT")
+        self._lost: type[Exception] = engine.dialect.loaded_dbapi.Error  # what the driver says of a line that is cut
         self._news = news
         self._ending = threading.Event()
         self._thread = threading.Thread(target=self._listen, name="relay", daemon=True)
@@ -47,14 +48,14 @@ class Relay:
             try:
                 with self._engine.connect() as db:
                     self._hear(db)
-            except Exception as error:  # of SQLAlchemy or of the driver below it: the line is lost
+            except (SQLAlchemyError, self._lost) as error:
                 log.warning("relay lost", extra={"error": type(error).__name__})
                 self._ending.wait(_AGAIN)
 
     def _hear(self, db: Any) -> None:
+        driver = db.connection.driver_connection
         db.detach()  # nobody else is to have a connection that listens
         db.execute(text(f"LISTEN {_CHANNEL}"))
-        driver = db.connection.driver_connection
         self._news.hear(None)
         while not self._ending.is_set():
             for notice in driver.notifies(timeout=_LOOK, stop_after=64):
