@@ -67,7 +67,7 @@ class World:
                 self.running[model] = self.now + self.rng.uniform(0, 4)
 
 
-@settings(max_examples=150, deadline=None)
+@settings(max_examples=50, deadline=None)
 @given(
     st.lists(st.integers(1, 10), min_size=2, max_size=6),
     st.integers(10, 20),

@@ -171,6 +171,12 @@ def test_databases_that_do_not_do_are_named(url, text):
     assert "secret" not in str(caught.value)
 
 
+def test_a_driver_that_is_missing_is_named_with_its_extra(monkeypatch):
+    monkeypatch.setitem(sys.modules, "psycopg", None)
+    with pytest.raises(DatabaseError, match=r'pip install "nnsight\[postgresql\]"'):
+        open_database("postgresql://127.0.0.1:1/x")
+
+
 def test_two_servers_with_one_database_and_one_bucket(start_server, database, s3, monkeypatch):
     """What one runs the other tells of as it happens, and has the answer of; lines to the database may be cut."""
     options = ("--database", database, "--results", s3())

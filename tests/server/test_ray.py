@@ -20,6 +20,7 @@ import torch
 
 import nnsight
 from nnsight import CONFIG, LanguageModel
+from nnsight.server._ray import Cluster, RayError
 
 pytest.importorskip("ray", reason='Ray is not installed: pip install "nnsight[ray]"')
 
@@ -50,11 +51,13 @@ class Nodes:
         noticing = {"health_check_period_ms": 500, "health_check_timeout_ms": 1000, "health_check_failure_threshold": 3}
         self.cluster = Cluster(initialize_head=True, head_node_args={**head, "_system_config": noticing})
         self.address = self.cluster.address
+        self.workers = []
         command = [sys.executable, "-c", LIST_GROUPS, self.address]
         self.asked = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
 
     def add(self):
-        return self.cluster.add_node(num_cpus=1, object_store_memory=80 * 2**20, wait=False)
+        self.workers.append(self.cluster.add_node(num_cpus=1, object_store_memory=80 * 2**20, wait=False))
+        return self.workers[-1]
 
     def groups(self):
         """The placement groups that are there."""
@@ -109,7 +112,7 @@ def place(nodes, start_server, tmp_path_factory):
 
     class Place:
         folder = tmp_path_factory.mktemp("ray")
-        workers = (nodes.add(), nodes.add())
+        workers = (nodes.add(), nodes.add())  # before the server, which is to find room at once
 
         def start(self, *more):
             self.server = start_server(NAME, "--ray", nodes.address, "--replicas", "2", *more, folder=self.folder)
@@ -240,6 +243,7 @@ def test_every_job_ends_once_when_a_node_dies(place, nodes):
     jobs = [send(1, 2), send(2, 2), send(3, 0), send(4, 0, size=1_000_000)]
     wait_until(lambda: sum(job.status == "running" for job in jobs) == 2)
     node = place.workers[0]
+    nodes.workers.remove(node)
     raylets = [info.process.pid for kind, infos in node.all_processes.items() if kind == "raylet" for info in infos]
     assert len(raylets) == 1
     os.kill(raylets[0], signal.SIGKILL)
@@ -257,6 +261,21 @@ def test_nothing_is_left_when_the_server_ends(place, nodes):
     place.server.process.wait(60)
     wait_until(lambda: not actors() and not holders(), 20)
     assert nodes.groups() == []
+
+
+def test_ray_that_is_missing_is_named_with_its_extra(monkeypatch):
+    monkeypatch.setitem(sys.modules, "ray", None)
+    with pytest.raises(RayError, match=r'pip install "nnsight\[ray\]"'):
+        Cluster("auto", "tests", {"CPU": 1})
+
+
+@pytest.mark.parametrize(
+    ("address", "text"),
+    [("127.0.0.1:1", "There is no Ray cluster at '127.0.0.1:1'"), ("ray://host", "is no address of a Ray cluster")],
+)
+def test_a_cluster_that_is_not_there_is_named(address, text):
+    with pytest.raises(RayError, match=text):
+        Cluster(address, "tests", {"CPU": 1})
 
 
 # --- within a memory budget -------------------------------------------------------------------------------------
@@ -277,6 +296,14 @@ def trace(name):
     assert torch.equal(logits, expected)
 
 
+@pytest.fixture
+def worker(nodes):
+    """There is a node with room for two halves."""
+    if not nodes.workers:
+        nodes.add()
+
+
+@pytest.mark.usefixtures("worker")
 def test_models_are_loaded_on_demand_within_the_budget(nodes, start_server, monkeypatch):
     """There is room for the weights of one, and on the node that is left for the processes of two."""
     options = ("--memory-budget", "0.015", "--warm", "1", "--replica-cpus", "0.5")
@@ -318,3 +345,22 @@ def test_models_are_loaded_on_demand_within_the_budget(nodes, start_server, monk
     assert max(most) == 1  # never were two loaded
     wait_until(lambda: not actors(), 20)
     assert nodes.groups() == []
+
+
+ABANDON = """
+import os, sys
+from nnsight.server import Limits
+from nnsight.server._ray import Cluster, RayRunner
+cluster = Cluster(sys.argv[1], "abandoned", {"CPU": 0.5}, patience=3.0)
+RayRunner(cluster, "nnsight/landmarks", 0, {}, Limits(), trusted=False).rest()
+os._exit(0)
+"""
+
+
+@pytest.mark.usefixtures("worker")
+def test_an_actor_that_no_server_asks_for_ends_by_itself(nodes):
+    subprocess.run([sys.executable, "-c", ABANDON, nodes.address], check=True, timeout=100)
+    assert nodes.groups() == ["nnsight-abandoned-nnsight/landmarks#0"]
+    assert len(actors()) == 1
+    wait_until(lambda: not actors() and not nodes.groups(), 60)
+    wait_until(lambda: not processes(lambda line: "nnsight.server._worker" in line), 20)

@@ -18,7 +18,6 @@ from ._process import ConfinedRunner, TrustedRunner
 from ._replica import DiedError, NotBegunError
 
 TAKEN, HAPPENED, ANSWERED, NOT_BEGUN, DIED = range(5)  # what a job in an actor says
-_FORGOTTEN = 600.0  # seconds without a word of a server, after which an actor ends
 _LOOK = 1.0
 
 
@@ -32,6 +31,7 @@ class Charge(msgspec.Struct):
     trusted: bool
     version: str
     resources: dict[str, float]
+    patience: float  # seconds without a word of a server, after which the actor ends
 
 
 class Said(NamedTuple):
@@ -54,6 +54,7 @@ class ModelActor:
         given = msgspec.json.decode(charge, type=Charge)
         runner = TrustedRunner if given.trusted else ConfinedRunner
         self._limits = given.limits
+        self._patience = given.patience
         self._runner = runner(given.name, msgspec.json.decode(given.options), given.limits)
         # One thread does all that starts processes, which die with the thread that has started them.
         self._thread = ThreadPoolExecutor(1, thread_name_prefix="model")
@@ -134,7 +135,7 @@ class ModelActor:
             if os.getppid() != node:  # the node's own process has died, and Ray counts this one as dead
                 os._exit(1)
             busy = self._running is not None and not self._running.done()
-            allowed = _FORGOTTEN + (self._limits.seconds if busy else 0.0)
+            allowed = self._patience + (self._limits.seconds if busy else 0.0)
             if time.monotonic() - self._heard > allowed:
                 self._runner.stop()
                 leave()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import socket
 import threading
 import time
 from collections.abc import Sequence
@@ -20,6 +21,8 @@ from ._monitor import log
 from ._process import share
 from ._replica import DiedError, Emit, NoRoomError, NotBegunError
 
+_FORGOTTEN = 600.0
+_REACHING = 10.0  # seconds that a cluster may take to answer at all
 _PATIENCE = 1.0  # seconds between two looks whether there is room
 _THREADS = 8  # requests to an actor at a time: a job, its end, and questions
 _PLACING = 3.0  # seconds to wait for room before saying that there is none
@@ -36,11 +39,16 @@ class Cluster:
         address: `local` for one on this machine alone, `auto` for the one that runs here, or `host:port`.
         identity: Names the server over its restarts.
         resources: What Ray sets aside for a replica: `{"CPU": 1}`.
+        patience: Seconds without a word of the server, after which an actor ends by itself.
     """
 
-    def __init__(self, address: str, identity: str, resources: dict[str, float]) -> None:
+    def __init__(
+        self, address: str, identity: str, resources: dict[str, float], *, patience: float = _FORGOTTEN
+    ) -> None:
         self.ray = _ray()
+        _reach(address)
         self.resources = resources
+        self.patience = patience
         self._prefix = f"nnsight-{identity}-"
         options: dict[str, Any] = {"include_dashboard": False} if address == "local" else {}
         try:
@@ -93,6 +101,7 @@ class RayRunner:
             trusted,
             versions().nnsight,
             cluster.resources,
+            cluster.patience,
         )
         self._charge = msgspec.json.encode(charge).decode()
         self._actor: Any = None
@@ -199,6 +208,19 @@ def _ray() -> Any:
     except ImportError as error:
         raise RayError('`--ray` needs Ray: pip install "nnsight[ray]"') from error
     return ray
+
+
+def _reach(address: str) -> None:
+    """Ray itself tries for minutes where there is nothing."""
+    if address in ("local", "auto"):
+        return
+    host, _, port = address.rpartition(":")
+    if not host or not port.isdigit():
+        raise RayError(f"{address!r} is no address of a Ray cluster: local, auto or host:port is one.")
+    try:
+        socket.create_connection((host.strip("[]"), int(port)), _REACHING).close()
+    except OSError as error:
+        raise RayError(f"There is no Ray cluster at {address!r}: {error}") from error
 
 
 def _first_line(error: BaseException) -> str:
