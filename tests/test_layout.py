@@ -63,6 +63,7 @@ HOMES = {
     "pythonjsonlogger": ("server",),
     "jinja2": ("server",),
     "ray": ("server",),
+    "fsspec": ("server",),
     "numpy": ("experiments", "plots"),
     "pandas": ("experiments",),
     "tqdm": ("experiments",),

@@ -127,6 +127,9 @@ def test_doctor(at, tmp_path):
     assert all(line.startswith(("ok  ", "-   ")) for line in lines)
     assert lines[-1] == "ok  the key is that of ann"
     assert any("1 of 1 models ready" in line for line in lines)
+    for option, extra in (("--ray", "ray"), ("--database", "postgresql"), ("--results", "s3")):
+        (line,) = (line for line in lines if option in line)
+        assert line.startswith("ok  ") or f'pip install "nnsight[{extra}]"' in line
     refused = run("doctor", **{**at, "NDIF_API_KEY": "x"}, code=2)
     assert refused == "nnsight: 1 of these is not in order\n"
 
@@ -158,6 +161,10 @@ def test_the_log_of_the_server_is_json(server, at, keys, tmp_path):
         (["serve", NAME], "Give either --api-keys FILE or --no-auth-on-loopback"),
         (["serve", NAME, "--no-auth-on-loopback", "--host", "0.0.0.0"], "can be reached from others"),
         (["serve", NAME, "--api-keys", "/nowhere/keys"], "No such file"),
+        (
+            ["serve", NAME, "--no-auth-on-loopback", "--memory-budget", "0.001"],
+            "the memory budget of the server is 1.0 MiB",
+        ),
     ],
 )
 def test_a_server_that_cannot_be_as_asked(arguments, message, tmp_path):

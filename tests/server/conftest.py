@@ -3,7 +3,19 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Iterator
+import os
+import pwd
+import shutil
+import signal
+import socket
+import subprocess
+import sys
+import tempfile
+import time
+import uuid
+from collections.abc import Callable, Iterator
+from contextlib import suppress
+from pathlib import Path
 from typing import Any
 
 import httpx
@@ -70,3 +82,99 @@ def site(tmp_path: Any) -> Iterator[Site]:
     site = Site(tmp_path)
     yield site
     site.store.close()
+
+
+# --- services that a server may use: real ones, on loopback -----------------------------------------------------
+
+
+def free_port() -> int:
+    with socket.create_server(("127.0.0.1", 0)) as listener:
+        return listener.getsockname()[1]
+
+
+def _postgresql() -> Path | None:
+    """Where PostgreSQL's programs are."""
+    found = shutil.which("postgres")
+    folders = [Path(found).resolve().parent] if found else []
+    folders += sorted(Path("/usr/lib/postgresql").glob("*/bin"), reverse=True)
+    return next((folder for folder in folders if (folder / "initdb").exists()), None)
+
+
+@pytest.fixture(scope="session")
+def postgresql() -> Iterator[str]:
+    """The URL of a PostgreSQL of these tests' own."""
+    pytest.importorskip("psycopg", reason="the driver psycopg is not installed")
+    programs = _postgresql()
+    if programs is None:
+        pytest.skip("there is no PostgreSQL on this machine (apt-get install postgresql)")
+    user = pwd.getpwnam("nobody").pw_name if os.getuid() == 0 else None  # it does not run as root
+    folder = Path(tempfile.mkdtemp(prefix="nnsight-postgresql-"))
+    if user is not None:
+        shutil.chown(folder, user)
+    data, port = folder / "data", free_port()
+    how: dict[str, Any] = {"user": user, "cwd": folder, "stdout": subprocess.DEVNULL, "stderr": subprocess.DEVNULL}
+    make = [programs / "initdb", "-D", data, "-U", "nnsight", "--auth=trust", "--no-sync", "-E", "UTF8", "--no-locale"]
+    subprocess.run(make, check=True, **how)
+    begin = [programs / "postgres", "-D", data, "-p", str(port), "-h", "127.0.0.1", "-k", folder, "-c", "fsync=off"]
+    process = subprocess.Popen(begin, **how)
+    try:
+        for _ in range(200):
+            with suppress(OSError), socket.create_connection(("127.0.0.1", port), 1):
+                break
+            assert process.poll() is None
+            time.sleep(0.05)
+        yield f"postgresql+psycopg://nnsight@127.0.0.1:{port}/postgres"
+    finally:
+        process.send_signal(signal.SIGINT)  # without waiting for connections
+        process.wait(30)
+        shutil.rmtree(folder)
+
+
+@pytest.fixture
+def database(postgresql: str) -> str:
+    """The URL of an empty schema in it."""
+    from sqlalchemy import create_engine, text
+
+    schema = f"test_{uuid.uuid4().hex}"
+    engine = create_engine(postgresql)
+    for _ in range(100):
+        with suppress(Exception), engine.begin() as db:  # it starts up
+            db.execute(text(f"CREATE SCHEMA {schema}"))
+            break
+        time.sleep(0.05)
+    engine.dispose()
+    return f"{postgresql}?options=-csearch_path%3D{schema}"
+
+
+@pytest.fixture(scope="session")
+def s3() -> Iterator[Callable[[], str]]:
+    """Makes buckets in a server of S3's protocol, on loopback, for this process and those that it starts."""
+    for library in ("s3fs", "moto", "flask", "flask_cors", "boto3"):
+        pytest.importorskip(library, reason=f"{library} is not installed")
+    port = free_port()
+    address = f"http://127.0.0.1:{port}"
+    command = [sys.executable, "-c", "from moto.server import main; main()", "-H", "127.0.0.1", "-p", str(port)]
+    quiet = {"stdout": subprocess.DEVNULL, "stderr": subprocess.DEVNULL}
+    process = subprocess.Popen(command, **quiet)
+    names = {"AWS_ENDPOINT_URL": address, "AWS_ACCESS_KEY_ID": "tests", "AWS_SECRET_ACCESS_KEY": "tests"}
+    names |= {"AWS_DEFAULT_REGION": "us-east-1"}
+    before = {name: os.environ.get(name) for name in names}
+    os.environ.update(names)
+    try:
+        for _ in range(400):
+            with suppress(OSError), socket.create_connection(("127.0.0.1", port), 1):
+                break
+            assert process.poll() is None
+            time.sleep(0.05)
+
+        def bucket() -> str:
+            name = f"bucket-{uuid.uuid4().hex}"
+            httpx.put(f"{address}/{name}").raise_for_status()
+            return f"s3://{name}/results"
+
+        yield bucket
+    finally:
+        for name, value in before.items():
+            os.environ.pop(name) if value is None else os.environ.update({name: value})
+        process.kill()
+        process.wait()

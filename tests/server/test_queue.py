@@ -18,9 +18,10 @@ from nnsight.server._store import Store
 LIMITS = Limits(queued=5, attempts=2, lease=0.2, keep=1000)
 
 
-@pytest.fixture
-def store(tmp_path):
-    store = Store(tmp_path)
+@pytest.fixture(params=["sqlite", "postgresql"])
+def store(tmp_path, request):
+    database = request.getfixturevalue("database") if request.param == "postgresql" else None
+    store = Store(tmp_path, database)
     yield store
     store.close()
 

@@ -14,7 +14,7 @@ from nnsight.errors import ProtocolError
 from nnsight.protocol import Shared, read_outcome
 from nnsight.sandbox import ANSWER, EVENT, JOB, PROBLEM, READY, STOPPED, Pipe, can_share
 from nnsight.server._limits import Limits
-from nnsight.server._process import ConfinedRunner, _share
+from nnsight.server._process import ConfinedRunner, share
 from nnsight.server._replica import DiedError
 
 from .conftest import frame_of
@@ -80,7 +80,7 @@ def test_an_answer_too_large_is_a_death():
 )
 def test_answers_of_a_shared_forward_fit_its_jobs(said):
     try:
-        shared = _share(lambda *_: said, [b"one", b"two"])
+        shared = share(lambda *_: said, [b"one", b"two"])
     except DiedError:
         return
     assert len(shared.answers) == len(shared.events) == 2

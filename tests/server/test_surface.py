@@ -199,9 +199,9 @@ def test_a_full_disk_is_said_and_leaves_nothing(site, monkeypatch, number):
 
 
 def test_a_locked_database_is_said_and_leaves_nothing(site, tmp_path):
-    site.store._engine.dispose()
+    site.store.engine.dispose()
     other = sqlite3.connect(tmp_path / "data" / "queue.sqlite", isolation_level=None)
-    event.listen(site.store._engine, "connect", lambda connection, _: connection.execute("PRAGMA busy_timeout=50"))
+    event.listen(site.store.engine, "connect", lambda connection, _: connection.execute("PRAGMA busy_timeout=50"))
     other.execute("BEGIN EXCLUSIVE")
     answer = site.submit("ann")
     assert (answer.status_code, retry_after(answer)) == (503, 5)

@@ -17,7 +17,13 @@ from nnsight.errors import NNsightError
 from nnsight.protocol import versions
 from nnsight.sandbox import missing
 
-_SERVER = ("fastapi", "uvicorn", "sqlalchemy", "jinja2", "prometheus_client", "pythonjsonlogger")
+_SERVER = ("fastapi", "uvicorn", "sqlalchemy", "jinja2", "prometheus_client", "pythonjsonlogger", "fsspec")
+# What some options of `nnsight serve` need beside those.
+_MORE = (
+    ("ray", "--ray", "ray"),
+    ("psycopg", "--database postgresql+psycopg://…", "postgresql"),
+    ("s3fs", "--results s3://…", "s3"),
+)
 _LEAST_FREE = 2**30
 
 
@@ -56,6 +62,7 @@ def _checks(data: Path | None) -> Iterator[tuple[bool | None, str]]:
             else "the libraries of a server are installed"
         ),
     )
+    yield from map(_optional, _MORE)
     unconfined = missing()
     yield (
         (not unconfined) or None,
@@ -68,6 +75,13 @@ def _checks(data: Path | None) -> Iterator[tuple[bool | None, str]]:
     if data is not None:
         yield _room(data)
     yield from _server()
+
+
+def _optional(more: tuple[str, str, str]) -> tuple[bool | None, str]:
+    library, option, extra = more
+    if importlib.util.find_spec(library) is None:
+        return None, f'for `nnsight serve {option}`: pip install "nnsight[{extra}]" (lacking: {library})'
+    return True, f"`nnsight serve {option}` has its library, {library}"
 
 
 def _room(folder: Path) -> tuple[bool, str]:

@@ -58,6 +58,7 @@ def _status(_options: argparse.Namespace) -> None:
     for model in info.models:
         name = model.name if model.revision is None else f"{model.name}@{model.revision}"
         state = "running" if model.running else f"failing ({model.failure})" if model.failure else "loading"
+        state = state if model.tier == "hot" else model.tier
         print(f"{name}: {state}, {model.active} running, {model.queued} waiting")
 
 

@@ -19,6 +19,11 @@ def add_serve(commands: Any) -> None:
     serve.add_argument("--trusted", action="store_true", help="run blocks in the process that holds the model")
     serve.add_argument("--data", type=Path, metavar="FOLDER", help="where the queue and answers are kept")
     serve.add_argument("--replicas", type=int, default=1, metavar="N", help="processes that hold each model")
+    _add_places(serve)
+    serve.add_argument(
+        "--memory-budget", type=float, metavar="GIB", help="weights of all models together; they are loaded on demand"
+    )
+    serve.add_argument("--warm", type=int, default=1, metavar="N", help="unloaded models that keep their processes")
     limits = serve.add_argument_group("what one user may take")
     limits.add_argument("--job-seconds", type=int, metavar="N", help="how long a job may run")
     limits.add_argument("--job-memory", type=int, metavar="MIB", help="memory of a confined job, beyond the model")
@@ -27,6 +32,21 @@ def add_serve(commands: Any) -> None:
     serve.add_argument("--dtype", help="the models' dtype: bfloat16, float32, …")
     serve.add_argument("--device-map", help="as `from_pretrained` takes it: auto, cpu, cuda:0, …")
     _add_keys(commands)
+
+
+def _add_places(serve: argparse.ArgumentParser) -> None:
+    places = serve.add_argument_group("beyond this machine (each needs its extra: nnsight[ray], [postgresql], [s3])")
+    places.add_argument("--ray", metavar="ADDRESS", help="replicas in a Ray cluster: local, auto, or its address")
+    places.add_argument(
+        "--replica-cpus", type=float, default=1.0, metavar="N", help="what Ray sets aside for a replica"
+    )
+    places.add_argument("--replica-gpus", type=float, default=0.0, metavar="N", help="the same; with --trusted")
+    places.add_argument(
+        "--database", metavar="URL", help="the queue, for several servers: postgresql+psycopg://user@host/name"
+    )
+    places.add_argument(
+        "--results", metavar="URL", help="where the bytes of jobs and answers are kept: s3://bucket/folder"
+    )
 
 
 def _add_keys(commands: Any) -> None:
@@ -46,7 +66,7 @@ def _add_keys(commands: Any) -> None:
 
 
 def _serve(options: argparse.Namespace) -> None:
-    from nnsight.server import Limits, serve
+    from nnsight.server import Budget, Limits, serve
 
     memory = None if options.job_memory is None else options.job_memory * 2**20
     wanted = {"seconds": options.job_seconds, "memory": memory, "queued": options.user_jobs, "keep": options.keep}
@@ -61,6 +81,13 @@ def _serve(options: argparse.Namespace) -> None:
         data=options.data,
         options={name: value for name, value in given.items() if value is not None},
         replicas=options.replicas,
+        ray=options.ray,
+        resources={"CPU": options.replica_cpus} | ({"GPU": options.replica_gpus} if options.replica_gpus else {}),
+        database=options.database,
+        results=options.results,
+        budget=None
+        if options.memory_budget is None
+        else Budget(int(options.memory_budget * 2**30), max(options.warm, 0)),
         limits=Limits(**{name: value for name, value in wanted.items() if value is not None}),
     )
 

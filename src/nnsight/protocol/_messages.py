@@ -210,7 +210,8 @@ class Versions(Message):
 class ModelInfo(Message):
     """A served model: whether a replica of it can take jobs, how many jobs wait for it and run on it.
 
-    `failure` says that it is not there, and to administrators why.
+    `failure` says that it is not there, and to administrators why.  `tier` is `hot` (loaded), `warm` (its processes are
+    there, without weights) or `cold`; a job for one that is not hot has it loaded.
     """
 
     name: str
@@ -221,6 +222,7 @@ class ModelInfo(Message):
     replicas: int = 1
     ready: int = 0
     failure: str | None = None
+    tier: str = "hot"
 
 
 class ModelOrder(Message):

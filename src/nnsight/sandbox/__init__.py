@@ -13,9 +13,11 @@ from ._pipe import FORK as FORK
 from ._pipe import JOB as JOB
 from ._pipe import JOBS as JOBS
 from ._pipe import KILL as KILL
+from ._pipe import LOAD as LOAD
 from ._pipe import PROBLEM as PROBLEM
 from ._pipe import READY as READY
 from ._pipe import STOPPED as STOPPED
+from ._pipe import WARM as WARM
 from ._pipe import Pipe as Pipe
 from ._rebuild import Files as Files
 from ._together import can_share as can_share

@@ -11,6 +11,7 @@ _LARGEST = 2**40
 JOB, READY, EVENT, ANSWER, STOPPED, PROBLEM = b"J", b"R", b"E", b"A", b"S", b"P"
 JOBS = b"M"  # several jobs to be run together; the answer is a `Shared`
 FORK, BEGUN, KILL = b"F", b"B", b"K"  # between a server and a zygote
+WARM, LOAD = b"W", b"L"  # a process that could load its model now; that it is to
 
 
 class Pipe:

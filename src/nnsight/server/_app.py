@@ -12,8 +12,9 @@ from fastapi import FastAPI, Request, Response
 from fastapi.concurrency import run_in_threadpool
 from sqlalchemy.exc import OperationalError
 
-from ..errors import NNsightError, ProtocolError
+from ..errors import LoadError, NNsightError, ProtocolError
 from ..protocol import ENDED, JobState, ModelOrder, Person, Refusal
+from ._budget import BudgetError
 from ._describe import describe, responses
 from ._fleet import ServedError, UnknownModelError
 from ._keys import NotAdminError, UnknownKeyError, User
@@ -41,6 +42,8 @@ _CODES: dict[type[NNsightError], tuple[int, int | None]] = {
     UnknownJobError: (404, None),
     UnknownModelError: (404, None),
     ServedError: (409, None),
+    BudgetError: (409, None),
+    LoadError: (400, None),
     TooLargeError: (413, None),
     TooMuchStoredError: (413, 30),
     TooManyJobsError: (429, 2),

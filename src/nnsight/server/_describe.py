@@ -17,7 +17,7 @@ _REFUSALS = {
     401: "The key is unknown.",
     403: "Only administrators may.",
     404: "There is none, or it is somebody else's.",
-    409: "It is served already.",
+    409: "It is served already, or has no room within the memory budget.",
     413: "Too many bytes; with Retry-After where room will be made.",
     429: "Too many jobs of yours wait or run; see Retry-After.",
     503: "The server is ending, or cannot keep jobs now; see Retry-After.",

@@ -39,6 +39,9 @@ class ThreadRunner:
         if isinstance(self._model, LanguageModel):
             self._model.dispatch()
 
+    def rest(self) -> None:
+        """The model stays: it is the only one."""
+
     def run(self, frame: bytes, emit: Emit) -> bytes:
         return execute(frame, self._model, emit, forward_warnings=False)
 

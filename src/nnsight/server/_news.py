@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import threading
 from collections import defaultdict
+from collections.abc import Callable
 
 _Waiter = tuple[asyncio.AbstractEventLoop, asyncio.Event]
 
@@ -16,19 +17,31 @@ class News:
         self._lock = threading.Lock()
         self._waiters: dict[str, list[_Waiter]] = defaultdict(list)
         self.work = threading.Condition()
+        self.relay: Callable[[str | None], None] | None = None  # to other servers: a job, or None for work
 
     def tell(self, job: str) -> None:
         """Something about this job has changed."""
+        self.hear(job)
+        if self.relay is not None:
+            self.relay(job)
+
+    def tell_work(self) -> None:
+        """There may be a job to run."""
+        self.hear(None)
+        if self.relay is not None:
+            self.relay(None)
+
+    def hear(self, job: str | None) -> None:
+        """Wake those in this process who wait for a change of this job, or (None) for a job to run."""
+        if job is None:
+            with self.work:
+                self.work.notify_all()
+            return
         with self._lock:
             waiters = self._waiters.pop(job, [])
         for loop, event in waiters:
             if not loop.is_closed():
                 loop.call_soon_threadsafe(event.set)
-
-    def tell_work(self) -> None:
-        """There may be a job to run."""
-        with self.work:
-            self.work.notify_all()
 
     def expect(self, job: str) -> asyncio.Event:
         """Set at the next change; to be asked for before looking at the job."""

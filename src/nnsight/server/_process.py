@@ -17,7 +17,7 @@ from typing import Any, NamedTuple
 import msgspec
 
 from ..protocol import Event, Shared
-from ..sandbox import ANSWER, BEGUN, EVENT, FORK, JOB, JOBS, KILL, PROBLEM, READY, STOPPED, Pipe
+from ..sandbox import ANSWER, BEGUN, EVENT, FORK, JOB, JOBS, KILL, LOAD, PROBLEM, READY, STOPPED, WARM, Pipe
 from ._limits import Limits
 from ._replica import DiedError, Emit, NotBegunError
 
@@ -40,6 +40,7 @@ class ModelProcess:
         self._limits = limits
         self._process: subprocess.Popen[bytes] | None = None
         self._socket: socket.socket | None = None
+        self._loaded = False
 
     @property
     def process_id(self) -> int | None:
@@ -47,8 +48,26 @@ class ModelProcess:
         return self._process.pid if self._process is not None else None
 
     def start(self) -> None:
-        if self._process is not None and self._process.poll() is None:
+        if self._loaded and self._alive():
             return
+        if self._loaded or not self._alive():
+            self._begin()
+        assert self._socket is not None
+        with suppress(OSError):
+            Pipe(self._socket).send(LOAD)
+        self._expect(WARM)
+        self._expect(READY)
+        self._loaded = True
+
+    def rest(self) -> None:
+        if self._loaded or not self._alive():
+            self._begin()
+
+    def _alive(self) -> bool:
+        return self._process is not None and self._process.poll() is None
+
+    def _begin(self) -> None:
+        """A process with everything but the weights."""
         self.close()
         ours, theirs = socket.socketpair()
         with theirs:
@@ -57,8 +76,11 @@ class ModelProcess:
                 command, pass_fds=[theirs.fileno()], stdin=subprocess.DEVNULL, env=_environment()
             )
         self._socket = ours
-        kind, data = self._receive(Pipe(ours, _LARGEST_EVENT))
-        if kind != READY:
+
+    def _expect(self, wanted: bytes) -> None:
+        assert self._socket is not None
+        kind, data = self._receive(Pipe(self._socket, _LARGEST_EVENT))
+        if kind != wanted:
             self.close()
             raise DiedError(data.decode(errors="replace") if kind == PROBLEM else "the model could not be loaded")
 
@@ -69,6 +91,7 @@ class ModelProcess:
         if self._socket is not None:
             self._socket.close()
         self._process = self._socket = None
+        self._loaded = False
 
     def _kill(self) -> None:
         if self._process is not None:
@@ -105,7 +128,7 @@ def _environment() -> dict[str, str]:
     return told | {"HF_HUB_DISABLE_PROGRESS_BARS": "1"}  # a bar starts a thread, which a fork would leave behind
 
 
-def _share(run: Callable[[bytes, Emit, bytes], bytes], frames: list[bytes]) -> Shared:
+def share(run: Callable[[bytes, Emit, bytes], bytes], frames: list[bytes]) -> Shared:
     """Have jobs run together; what comes back fits them."""
     answer = run(_packed.encode(frames), _ignore, JOBS)
     try:
@@ -147,7 +170,7 @@ class TrustedRunner(ModelProcess):
             self._idle.set()
 
     def run_together(self, frames: list[bytes]) -> Shared:
-        return _share(self.run, frames)
+        return share(self.run, frames)
 
     def stop(self) -> None:
         if self._process is None or self._idle.is_set():
@@ -197,7 +220,7 @@ class ConfinedRunner(ModelProcess):
             self._helper.submit(self._end, forked)
 
     def run_together(self, frames: list[bytes]) -> Shared:
-        return _share(self.run, frames)
+        return share(self.run, frames)
 
     def stop(self) -> None:
         forked = self._current

@@ -8,10 +8,10 @@ from typing import Any, NamedTuple
 
 import msgspec
 from sqlalchemy import Connection, and_, delete, func, or_, select, update
-from sqlalchemy.exc import IntegrityError
 
 from ..errors import NNsightError
 from ..protocol import ENDED, Event, Failure, JobState, JobSummary
+from ._database import lock_owner
 from ._limits import Limits
 from ._monitor import Monitor
 from ._news import News
@@ -33,17 +33,18 @@ class UnknownJobError(NNsightError):
 
 
 class Claim(NamedTuple):
-    """A job that a replica is to run now."""
+    """A job that a replica is to run now; the number of its turn tells it from later ones."""
 
     id: str
     frame: bytes
     seconds: float
     owner: str = ""
     shares: bool = False
+    turn: int | None = None
 
 
 class Queue:
-    """The jobs of one server."""
+    """The jobs of one server, or of several that share a database."""
 
     def __init__(self, store: Store, limits: Limits, news: News, monitor: Monitor | None = None) -> None:
         self._store = store
@@ -71,19 +72,9 @@ class Queue:
             TooMuchStoredError: The user's jobs and answers have too many bytes.
         """
         with self._store.begin() as db:
-            mine = jobs.c.owner == owner
-            known = db.execute(select(jobs.c.id).where(mine, jobs.c.idempotency == idempotency)).scalar()
-            if known is not None:
-                return known
-            count = db.execute(select(func.count()).where(mine, jobs.c.status.in_(("queued", "running")))).scalar_one()
-            if count >= self._limits.queued:
-                raise TooManyJobsError(f"You have {count} jobs waiting or running, which is as many as one user may.")
-            stored = db.execute(select(func.coalesce(func.sum(jobs.c.size), 0)).where(mine)).scalar_one()
-            if stored + len(frame) > self._limits.stored:
-                raise TooMuchStoredError(
-                    f"Your waiting jobs and kept answers have {stored} bytes, of at most {self._limits.stored}; answers "
-                    f"are kept for {self._limits.keep} seconds."
-                )
+            known = self._known(db, owner, idempotency, len(frame))
+        if known is not None:
+            return known
         job = uuid.uuid4().hex
         self._store.write(job, "job", frame)
         row = {"id": job, "owner": owner, "idempotency": idempotency, "model": model, "status": "queued"}
@@ -91,16 +82,36 @@ class Queue:
         times = {"created": time.time(), "seconds": min(seconds, self._limits.seconds), "attempts": 0, "stop": 0}
         try:
             with self._store.begin() as db:
-                db.execute(jobs.insert().values(**row, **times))
-        except IntegrityError:  # the same request, at the same time
-            self._store.remove(job, *_GONE)
-            return self.submit(owner, idempotency, model, frame, seconds, priority=priority, shares=shares)
+                known = self._known(db, owner, idempotency, len(frame))
+                if known is None:
+                    db.execute(jobs.insert().values(**row, **times))
         except BaseException:
             self._store.remove(job, *_GONE)
             raise
+        if known is not None:  # the same request, at the same time
+            self._store.remove(job, *_GONE)
+            return known
         self.monitor.submitted(job, owner, model, len(frame))
         self._news.tell_work()
         return job
+
+    def _known(self, db: Connection, owner: str, idempotency: str, size: int) -> str | None:
+        """The job of a repeated request; where there is none, there is room for one."""
+        lock_owner(db, owner)
+        mine = jobs.c.owner == owner
+        known = db.execute(select(jobs.c.id).where(mine, jobs.c.idempotency == idempotency)).scalar()
+        if known is not None:
+            return known
+        count = db.execute(select(func.count()).where(mine, jobs.c.status.in_(("queued", "running")))).scalar_one()
+        if count >= self._limits.queued:
+            raise TooManyJobsError(f"You have {count} jobs waiting or running, which is as many as one user may.")
+        stored = db.execute(select(func.coalesce(func.sum(jobs.c.size), 0)).where(mine)).scalar_one()
+        if stored + size > self._limits.stored:
+            raise TooMuchStoredError(
+                f"Your waiting jobs and kept answers have {stored} bytes, of at most {self._limits.stored}; answers "
+                f"are kept for {self._limits.keep} seconds."
+            )
+        return None
 
     def state(self, owner: str, job: str, after: int) -> JobState:
         """Where a job stands, with its events from number `after` on."""
@@ -124,7 +135,7 @@ class Queue:
     def cancel(self, owner: str, job: str) -> None:
         """End a job that waits; ask for the end of one that runs."""
         with self._store.begin() as db:
-            row = self._own(db, owner, job)
+            row = self._own(db, owner, job, lock=True)
             if row.status == "queued":
                 self._end(db, job, "cancelled")
             elif row.status == "running":
@@ -149,8 +160,21 @@ class Queue:
         with self._store.look() as db:
             return {row[0]: row[1] for row in db.execute(waiting)}
 
-    def _own(self, db: Connection, owner: str, job: str) -> Any:
-        row = db.execute(select(jobs).where(jobs.c.id == job, jobs.c.owner == owner)).one_or_none()
+    def waiting(self) -> dict[str, float]:
+        """When the oldest job that waits for each model came."""
+        oldest = select(jobs.c.model, func.min(jobs.c.created)).where(jobs.c.status == "queued")
+        with self._store.look() as db:
+            return {row[0]: row[1] for row in db.execute(oldest.group_by(jobs.c.model))}
+
+    def used(self) -> dict[str, float]:
+        """When a job of each model came or began last."""
+        last = select(jobs.c.model, func.max(func.coalesce(jobs.c.ended, jobs.c.started, jobs.c.created)))
+        with self._store.look() as db:
+            return {row[0]: row[1] for row in db.execute(last.group_by(jobs.c.model))}
+
+    def _own(self, db: Connection, owner: str, job: str, *, lock: bool = False) -> Any:
+        mine = select(jobs).where(jobs.c.id == job, jobs.c.owner == owner)
+        row = db.execute(mine.with_for_update() if lock else mine).one_or_none()
         if row is None:
             raise UnknownJobError("There is no such job.")
         return row
@@ -166,19 +190,27 @@ class Queue:
     def claim(self, model: str) -> Claim | None:
         """The next job for a model: of the highest priority, then of the user who has fewest running, and then waits
         longest for a turn."""
-        with self._store.begin() as db:
-            waiting = (jobs.c.model == model, jobs.c.status == "queued")
-            highest = db.execute(select(func.max(jobs.c.priority)).where(*waiting)).scalar()
-            waiting = (*waiting, jobs.c.priority == highest)
-            first = select(jobs.c.owner, func.min(jobs.c.created)).where(*waiting).group_by(jobs.c.owner)
-            owners = [tuple(row) for row in db.execute(first)]
-            if not owners:
-                return None
-            owner = min(owners, key=lambda pair: (*self._use(db, pair[0]), pair[1]))[0]
-            oldest = select(jobs).where(*waiting, jobs.c.owner == owner).order_by(jobs.c.created).limit(1)
-            row = db.execute(oldest).one()
-            self._begin(db, row)
+        while True:
+            with self._store.begin() as db:
+                found = self._foremost(db, model)
+                if found is None:
+                    return None
+                row = db.execute(found.with_for_update(skip_locked=True)).one_or_none()
+                if row is not None:
+                    self._begin(db, row)
+                    break  # and not again: no other process has taken it at the same time
         return self._claimed(row)
+
+    def _foremost(self, db: Connection, model: str) -> Any:
+        waiting = (jobs.c.model == model, jobs.c.status == "queued")
+        highest = db.execute(select(func.max(jobs.c.priority)).where(*waiting)).scalar()
+        waiting = (*waiting, jobs.c.priority == highest)
+        first = select(jobs.c.owner, func.min(jobs.c.created)).where(*waiting).group_by(jobs.c.owner)
+        owners = [tuple(row) for row in db.execute(first)]
+        if not owners:
+            return None
+        owner = min(owners, key=lambda pair: (*self._use(db, pair[0]), pair[1]))[0]
+        return select(jobs).where(*waiting, jobs.c.owner == owner).order_by(jobs.c.created).limit(1)
 
     def claim_beside(self, first: Claim, model: str, *, same_owner: bool) -> list[Claim]:
         """Jobs that may share a forward with one that was claimed, those who wait longest first."""
@@ -188,22 +220,23 @@ class Queue:
             sharing = [jobs.c.model == model, jobs.c.status == "queued", jobs.c.shares == 1, jobs.c.attempts == 0]
             sharing += [jobs.c.owner == first.owner] if same_owner else []
             oldest = select(jobs).where(*sharing).order_by(jobs.c.priority.desc(), jobs.c.created)
-            rows = db.execute(oldest.limit(self._limits.together - 1)).all()
+            rows = db.execute(oldest.limit(self._limits.together - 1).with_for_update(skip_locked=True)).all()
             for row in rows:
                 self._begin(db, row)
         return [self._claimed(row) for row in rows]
 
     def _begin(self, db: Connection, row: Any) -> None:
         now = time.time()
-        begun = {"status": "running", "started": now, "lease": now + self._limits.lease}
-        db.execute(update(jobs).where(jobs.c.id == row.id).values(attempts=row.attempts + 1, **begun))
+        begun = {"status": "running", "started": now, "lease": now + self._limits.lease, "server": self._store.server}
+        counts = {"attempts": row.attempts + 1, "turn": row.turn + 1}
+        db.execute(update(jobs).where(jobs.c.id == row.id).values(**counts, **begun))
         db.execute(delete(events).where(events.c.job == row.id))
 
     def _claimed(self, row: Any) -> Claim:
         self._news.tell(row.id)
         self.monitor.begun(row.id, row.model, time.time() - row.created, row.attempts + 1)
         shares = bool(row.shares) and row.attempts == 0
-        return Claim(row.id, self._store.read(row.id, "job"), row.seconds, row.owner, shares)
+        return Claim(row.id, self._store.read(row.id, "job"), row.seconds, row.owner, shares, row.turn + 1)
 
     def _use(self, db: Connection, owner: str) -> tuple[int, float]:
         mine = jobs.c.owner == owner
@@ -211,35 +244,40 @@ class Queue:
         last = db.execute(select(func.max(jobs.c.started)).where(mine)).scalar()
         return running, last or 0.0
 
-    def beat(self, job: str) -> bool:
-        """Renew the lease of a running job; False where its user wants it to end."""
+    # With `turn`, what follows is of that claim of the job alone: one whose lease ran out says nothing any more.
+
+    def beat(self, job: str, turn: int | None = None) -> bool:
+        """Renew the lease of a running job; False where its user wants it to end, or another runs it by now."""
         with self._store.begin() as db:
-            mine = (jobs.c.id == job, jobs.c.status == "running")
+            mine = _running(job, turn)
             db.execute(update(jobs).where(*mine).values(lease=time.time() + self._limits.lease))
             return db.execute(select(jobs.c.stop).where(*mine)).scalar() == 0
 
-    def note(self, job: str, number: int, event: Event) -> None:
+    def note(self, job: str, number: int, event: Event, turn: int | None = None) -> None:
         """Keep something that happened while a job ran."""
         with self._store.begin() as db:
+            if turn is not None and db.execute(select(jobs.c.id).where(*_running(job, turn))).first() is None:
+                return
             db.execute(events.insert().values(job=job, number=number, body=msgspec.json.encode(event).decode()))
         self._news.tell(job)
 
-    def finish(self, job: str, answer: bytes) -> None:
+    def finish(self, job: str, answer: bytes, turn: int | None = None) -> None:
         """A job is done."""
         self._store.write(job, "answer", answer)
         with self._store.begin() as db:
-            ended = self._end(db, job, "done", size=len(answer))
-        if not ended:
+            ended = self._end(db, job, "done", size=len(answer), turn=turn)
+            status = db.execute(select(jobs.c.status).where(jobs.c.id == job)).scalar()
+        if not ended and status not in ("running", "done"):
             self._store.remove(job, "answer")
         self._news.tell(job)
 
-    def fail(self, job: str, reason: str) -> None:
+    def fail(self, job: str, reason: str, turn: int | None = None) -> None:
         """A job ends without an answer of its own."""
-        self._end_now(job, "failed", reason)
+        self._end_now(job, "failed", reason, turn)
 
-    def stopped(self, job: str) -> None:
+    def stopped(self, job: str, turn: int | None = None) -> None:
         """A job that ran has been ended for its user."""
-        self._end_now(job, "cancelled")
+        self._end_now(job, "cancelled", None, turn)
 
     def fail_waiting(self, model: str, reason: str) -> None:
         """No job that waits for a model will run."""
@@ -251,35 +289,38 @@ class Queue:
         for job in found:
             self._news.tell(job)
 
-    def lose(self, job: str) -> None:
+    def lose(self, job: str, turn: int | None = None) -> None:
         """The replica of a running job died: the job waits again, or fails after the last attempt."""
         with self._store.begin() as db:
-            self._requeue(db, db.execute(select(jobs).where(jobs.c.id == job)).one())
+            for row in db.execute(select(jobs).where(*_running(job, turn)).with_for_update()).all():
+                self._requeue(db, row)
         self._news.tell(job)
         self._news.tell_work()
 
-    def give_back(self, job: str, *, alone: bool = False) -> None:
+    def give_back(self, job: str, turn: int | None = None, *, alone: bool = False) -> None:
         """A job was not begun after all: it waits again, and that was no attempt; or it is to be run alone."""
         with self._store.begin() as db:
-            running = (jobs.c.id == job, jobs.c.status == "running")
+            running = _running(job, turn)
             if db.execute(select(jobs.c.stop).where(*running)).scalar():
-                self._end(db, job, "cancelled")
+                self._end(db, job, "cancelled", turn=turn)
             again = {"status": "queued", "lease": None, "attempts": jobs.c.attempts - 1}
             db.execute(update(jobs).where(*running).values(**again, **({"shares": 0} if alone else {})))
         self._news.tell(job)
         self._news.tell_work()
 
     def recover(self) -> None:
-        """At the start of the only server: jobs that ran when the last one died wait again, or fail."""
+        """At the start of a server: jobs that it ran when it died wait again, or fail."""
+        mine = (jobs.c.server == self._store.server) | jobs.c.server.is_(None)
         with self._store.begin() as db:
-            for row in db.execute(select(jobs).where(jobs.c.status == "running")).all():
+            for row in db.execute(select(jobs).where(jobs.c.status == "running", mine).with_for_update()).all():
                 self._requeue(db, row)
 
     def sweep(self) -> None:
         """Requeue jobs whose replica gave no sign of life, and forget old ones."""
         now = time.time()
         with self._store.begin() as db:
-            dead = db.execute(select(jobs).where(jobs.c.status == "running", jobs.c.lease < now)).all()
+            late = select(jobs).where(jobs.c.status == "running", jobs.c.lease < now)
+            dead = db.execute(late.with_for_update(skip_locked=True)).all()
             for row in dead:
                 self._requeue(db, row)
             old = [id for (id,) in db.execute(select(jobs.c.id).where(jobs.c.ended < now - self._limits.keep))]
@@ -301,21 +342,35 @@ class Queue:
         else:
             db.execute(update(jobs).where(jobs.c.id == row.id).values(status="queued", lease=None))
 
-    def _end_now(self, job: str, status: str, reason: str | None = None) -> None:
+    def _end_now(self, job: str, status: str, reason: str | None, turn: int | None) -> None:
         with self._store.begin() as db:
-            self._end(db, job, status, reason)
+            self._end(db, job, status, reason, turn=turn)
         self._news.tell(job)
 
-    def _end(self, db: Connection, job: str, status: str, reason: str | None = None, size: int = 0) -> bool:
+    def _end(
+        self,
+        db: Connection,
+        job: str,
+        status: str,
+        reason: str | None = None,
+        *,
+        size: int = 0,
+        turn: int | None = None,
+    ) -> bool:
         """End a job that has not ended; whether it had not."""
         failure = Failure("nnsight.errors", "ServerError", reason) if reason else None
         error = msgspec.json.encode(failure).decode() if failure else None
-        open_ = (jobs.c.id == job, jobs.c.status.not_in(ENDED))
+        open_ = (jobs.c.id == job, jobs.c.status.not_in(ENDED)) if turn is None else _running(job, turn)
         now = time.time()
         last = {"status": status, "ended": now, "lease": None, "error": error, "size": size}
-        ended = db.execute(update(jobs).where(*open_).values(**last)).rowcount == 1
+        if db.execute(update(jobs).where(*open_).values(**last)).rowcount != 1:
+            return False
         self._store.remove(job, "job")
-        if ended:
-            row = db.execute(select(jobs).where(jobs.c.id == job)).one()
-            self.monitor.ended(job, row.model, status, None if row.started is None else now - row.started)
-        return ended
+        row = db.execute(select(jobs).where(jobs.c.id == job)).one()
+        self.monitor.ended(job, row.model, status, None if row.started is None else now - row.started)
+        return True
+
+
+def _running(job: str, turn: int | None) -> tuple[Any, ...]:
+    running = (jobs.c.id == job, jobs.c.status == "running")
+    return running if turn is None else (*running, jobs.c.turn == turn)

@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import errno
 import threading
 from typing import Protocol
+
+from sqlalchemy.exc import SQLAlchemyError
 
 from ..protocol import Event, Shared
 from ._limits import Limits
@@ -18,6 +21,10 @@ _LONGEST_TOGETHER = 5.0  # seconds that jobs may share a forward for
 
 class DiedError(Exception):
     """What ran a job has ended without an answer."""
+
+
+class NoRoomError(DiedError):
+    """There is no place for what is to run jobs."""
 
 
 class NotBegunError(DiedError):
@@ -35,6 +42,9 @@ class Runner(Protocol):
     def start(self) -> None:
         """Load the model, if it is not there."""
 
+    def rest(self) -> None:
+        """Let go of the weights, and keep what loading them again is quicker with."""
+
     def run(self, frame: bytes, emit: Emit) -> bytes:
         """The answer to a job."""
         ...
@@ -44,7 +54,7 @@ class Runner(Protocol):
         ...
 
     def stop(self) -> None:
-        """End the job that runs now, from another thread: `run` raises `DiedError` soon."""
+        """End the job that runs now, from another thread: `run` raises `DiedError` soon; nothing where none does."""
 
     def close(self) -> None:
         """Let go of the model."""
@@ -57,22 +67,39 @@ class Emit(Protocol):
 
 
 class Replica:
-    """Serves one model until it is told to end."""
+    """Serves one model until it is told to end.
+
+    `ready` says that it takes jobs, `rested` that it holds no weights.
+    """
 
     def __init__(self, model: str, runner: Runner, queue: Queue, news: News, limits: Limits) -> None:
         self.model = model
         self.ready = threading.Event()
+        self.rested = threading.Event()
         self.failure: str | None = None
+        self.cramped = False
         self._runner = runner
         self._queue = queue
         self._news = news
         self._limits = limits
         self._ending = threading.Event()
+        self._resting = threading.Event()
         self._thread = threading.Thread(target=self._serve, name=f"replica of {model}", daemon=True)
 
     def start(self) -> None:
         """Begin to load the model and to take jobs."""
         self._thread.start()
+
+    def rest(self) -> None:
+        """Let go of the weights, when the job that runs has ended."""
+        self._resting.set()
+        self._news.hear(None)
+
+    def wake(self) -> None:
+        """Load the weights again."""
+        self.rested.clear()
+        self._resting.clear()
+        self._news.hear(None)
 
     def end(self, seconds: float | None = None) -> None:
         """Take no more jobs, and wait for the one that runs."""
@@ -88,8 +115,12 @@ class Replica:
     def _serve(self) -> None:
         while not self._ending.is_set():
             try:
+                if self._resting.is_set():
+                    self._rest()
+                    continue
+                self.rested.clear()
                 self._runner.start()
-                self.failure = None
+                self.failure, self.cramped = None, False
                 if not self.ready.is_set():
                     log.info("replica ready", extra={"model": self.model})
                 self.ready.set()
@@ -98,20 +129,31 @@ class Replica:
                     self._run_with_others(claim)
             except DiedError as error:
                 self.ready.clear()
-                self.failure = str(error)
-                log.error("replica failed", extra={"model": self.model, "reason": str(error)})
+                known, self.failure, self.cramped = self.failure, str(error), isinstance(error, NoRoomError)
+                if known != self.failure:
+                    log.error("replica failed", extra={"model": self.model, "reason": str(error)})
                 self._ending.wait(1.0)
             except Exception as error:  # the database was locked for too long, the disk is full
                 log.error("replica out of order", extra={"model": self.model, "error": type(error).__name__})
                 self._ending.wait(1.0)
 
+    def _rest(self) -> None:
+        self.ready.clear()
+        self._runner.rest()
+        self.failure, self.cramped = None, False
+        with self._news.work:
+            if self._resting.is_set():
+                self.rested.set()
+            if self._resting.is_set() and not self._ending.is_set():
+                self._news.work.wait(_CHECK)
+
     def _next(self) -> Claim | None:
         with self._news.work:
             claim = self._queue.claim(self.model)
-            if claim is None and not self._ending.is_set():
+            if claim is None and not self._ending.is_set() and not self._resting.is_set():
                 self._news.work.wait(_CHECK)
         if claim is not None and self._ending.is_set():
-            self._queue.give_back(claim.id)
+            self._queue.give_back(claim.id, claim.turn)
             return None
         if claim is None:
             self._queue.sweep()
@@ -128,7 +170,7 @@ class Replica:
         """Run jobs in one forward; those that this does not serve are to be run alone."""
         shared, done = Shared([], []), threading.Event()
         seconds = min(_LONGEST_TOGETHER, *(claim.seconds for claim in claims))
-        watch = _Watch([claim.id for claim in claims], seconds, self._queue, self._runner, done)
+        watch = _Watch(claims, seconds, self._queue, self._runner, done)
         watch.start()
         try:
             shared = self._runner.run_together([claim.frame for claim in claims])
@@ -145,27 +187,27 @@ class Replica:
         for number, claim in enumerate(claims):
             answer = shared.answers[number] if number < len(shared.answers) else None
             if answer is None or len(answer) > self._limits.answer:
-                self._queue.give_back(claim.id, alone=True)
+                self._queue.give_back(claim.id, claim.turn, alone=True)
                 continue
             served += 1
-            output = _Output(claim.id, self._queue, self._limits.output)
+            output = _Output(claim, self._queue, self._limits.output)
             for event in shared.events[number]:
                 output(event)
-            self._queue.finish(claim.id, answer)
+            self._queue.finish(claim.id, answer, claim.turn)
         if served:
             self._queue.monitor.shared(self.model, served)
 
     def _run(self, claim: Claim) -> None:
         done = threading.Event()
-        watch = _Watch([claim.id], claim.seconds, self._queue, self._runner, done)
+        watch = _Watch([claim], claim.seconds, self._queue, self._runner, done)
         watch.start()
-        output = _Output(claim.id, self._queue, self._limits.output)
+        output = _Output(claim, self._queue, self._limits.output)
         try:
             answer = self._runner.run(claim.frame, output)
         except NotBegunError:
             done.set()
             watch.join()
-            self._queue.give_back(claim.id)
+            self._queue.give_back(claim.id, claim.turn)
             raise
         except DiedError as error:
             if watch.reason is None:
@@ -173,34 +215,39 @@ class Replica:
             done.set()
             watch.join()
             if watch.reason == "cancelled":
-                self._queue.stopped(claim.id)
+                self._queue.stopped(claim.id, claim.turn)
             elif watch.reason is not None:
-                self._queue.fail(claim.id, watch.reason)
+                self._queue.fail(claim.id, watch.reason, claim.turn)
             elif self._ending.is_set():
-                self._queue.give_back(claim.id)
+                self._queue.give_back(claim.id, claim.turn)
             else:
-                self._queue.lose(claim.id)
+                self._queue.lose(claim.id, claim.turn)
             return
         finally:
             done.set()
         watch.join()
         if len(answer) > self._limits.answer:
-            self._queue.fail(claim.id, f"The saved values have {len(answer)} bytes; at most {self._limits.answer} do.")
+            reason = f"The saved values have {len(answer)} bytes; at most {self._limits.answer} do."
+            self._queue.fail(claim.id, reason, claim.turn)
             return
         try:
-            self._queue.finish(claim.id, answer)
+            self._queue.finish(claim.id, answer, claim.turn)
         except OSError as error:
             log.error("answer not kept", extra={"job": claim.id, "error": type(error).__name__, "number": error.errno})
-            self._queue.fail(claim.id, "The server had no room for the answer.")
+            full = error.errno in (errno.ENOSPC, errno.EDQUOT)
+            reason = "The server had no room for the answer." if full else "The server could not keep the answer."
+            self._queue.fail(claim.id, reason, claim.turn)
 
 
 class _Watch(threading.Thread):
     """Renews the lease of a job that runs, and ends it where its user or its time says so."""
 
-    def __init__(self, jobs: list[str], seconds: float, queue: Queue, runner: Runner, done: threading.Event) -> None:
+    def __init__(
+        self, claims: list[Claim], seconds: float, queue: Queue, runner: Runner, done: threading.Event
+    ) -> None:
         super().__init__(name="watch", daemon=True)
         self.reason: str | None = None
-        self._jobs = jobs
+        self._claims = claims
         self._seconds = seconds
         self._queue = queue
         self._runner = runner
@@ -210,21 +257,27 @@ class _Watch(threading.Thread):
         beats = 0
         while not self._done.wait(_BEAT):
             beats += 1
-            wanted = [self._queue.beat(job) for job in self._jobs]
+            if self.reason is not None:
+                self._runner.stop()  # the first time, it may not have begun
+                continue
+            try:
+                wanted = [self._queue.beat(claim.id, claim.turn) for claim in self._claims]
+            except SQLAlchemyError as error:  # the lease may run out meanwhile, and another take the job
+                log.error("lease not renewed", extra={"error": type(error).__name__})
+                wanted = []
             if not all(wanted):
                 self.reason = "cancelled"
             elif beats * _BEAT > self._seconds:
                 self.reason = f"The job ran for more than {self._seconds:g} seconds, and was ended."
             if self.reason is not None:
                 self._runner.stop()
-                return
 
 
 class _Output:
     """Keeps a job's events, up to a limit."""
 
-    def __init__(self, job: str, queue: Queue, limit: int) -> None:
-        self._job = job
+    def __init__(self, claim: Claim, queue: Queue, limit: int) -> None:
+        self._claim = claim
         self._queue = queue
         self._left = limit
         self._number = 0
@@ -235,5 +288,5 @@ class _Output:
         self._left -= len(event.text) + 64
         if self._left <= 0:
             event = Event("print", "\n[the job has printed as much as one may; the rest is left out]\n")
-        self._queue.note(self._job, self._number, event)
+        self._queue.note(self._claim.id, self._number, event, self._claim.turn)
         self._number += 1

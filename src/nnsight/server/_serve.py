@@ -6,8 +6,8 @@ import fcntl
 import ipaddress
 import os
 import sys
-from collections.abc import AsyncIterator, Sequence
-from contextlib import asynccontextmanager
+from collections.abc import AsyncIterator, Callable, Sequence
+from contextlib import ExitStack, asynccontextmanager
 from pathlib import Path
 from typing import IO, Any
 
@@ -18,6 +18,7 @@ from fastapi.concurrency import run_in_threadpool
 from ..errors import NNsightError
 from ..sandbox import missing
 from ._app import make_app
+from ._budget import Budget
 from ._fleet import Fleet
 from ._keys import Keys
 from ._limits import Limits
@@ -25,8 +26,11 @@ from ._monitor import Monitor, log_to_stderr
 from ._news import News
 from ._process import ConfinedRunner, TrustedRunner
 from ._queue import Queue
-from ._replica import Replica
+from ._ray import Cluster, RayRunner
+from ._relay import Relay
+from ._replica import Replica, Runner
 from ._service import Service
+from ._sizes import weight_bytes
 from ._store import Store
 
 _SWITCH = 0.0005  # seconds; replicas and requests are threads that hand over to each other
@@ -48,6 +52,11 @@ def serve(
     options: dict[str, Any] | None = None,
     limits: Limits | None = None,
     replicas: int = 1,
+    ray: str | None = None,
+    resources: dict[str, float] | None = None,
+    database: str | None = None,
+    results: str | None = None,
+    budget: Budget | None = None,
 ) -> None:
     """Serve models until the process is told to end.
 
@@ -62,46 +71,72 @@ def serve(
         options: Options of `LanguageModel` for every model.
         limits: What one user may take.
         replicas: How many processes hold each model.
+        ray: The cluster that they are in: `local`, `auto`, or its address; by default they are on this machine.
+        resources: What the cluster sets aside for each of them, `{"CPU": 1}` by default.
+        database: The URL of the queue's database, which several servers may share.
+        results: The URL below which the bytes of jobs and answers are kept, as fsspec has them: `s3://bucket/folder`.
+
+        budget: What the weights of all models may take together; by default all of them are loaded.
 
     Raises:
         ServeError: The options do not go together.
     """
-    _check(host, keys, no_auth_on_loopback=no_auth_on_loopback, trusted=trusted)
+    here = ray in (None, "local")  # where blocks run: the nodes of a cluster confine them, or say that they cannot
+    _check(host, keys, no_auth_on_loopback=no_auth_on_loopback, trusted=trusted, confines=here)
     limits = limits or Limits()
     folder = data or _default_folder()
-    with _only_server_in(folder):
-        store, news, monitor = Store(folder), News(), Monitor()
+    with _only_server_in(folder), ExitStack() as open_:
+        store = Store(folder, database, results)
+        open_.callback(store.close)
+        news, monitor = News(), Monitor()
+        if store.shared:
+            open_.callback(Relay(store.engine, news).close)
         queue = Queue(store, limits, news, monitor)
         queue.recover()
+        cluster = Cluster(ray, store.server, resources or {"CPU": 1}) if ray is not None else None
+        if cluster is not None:
+            open_.callback(cluster.close)
+        count = max(replicas, 1)
+        make_runner = _runners(cluster, limits, trusted=trusted)
 
         def make(model: str) -> list[Replica]:
-            return [
-                _replica(model, options or {}, queue, news, limits, trusted=trusted) for _ in range(max(replicas, 1))
-            ]
+            runners = [make_runner(model, number, _own(model, options)) for number in range(count)]
+            return [Replica(model, runner, queue, news, limits) for runner in runners]
+
+        def size_of(model: str) -> int:
+            return weight_bytes(model.partition("@")[0], _own(model, options)) * count
+
+        def tidy(loaded: Sequence[str]) -> None:
+            if cluster is not None:
+                cluster.clear([cluster.name(model, number) for model in loaded for number in range(count)])
+
+        def keep(names: Sequence[str]) -> None:
+            store.keep_deployed(set(names) - set(models))
 
         every = list(dict.fromkeys([*models, *store.deployed()]))
-        fleet = Fleet(every, make, queue, lambda names: store.keep_deployed(set(names) - set(models)))
+        fleet = Fleet(every, make, queue, keep, budget=budget, size_of=size_of, tidy=tidy)
         service = Service(queue, fleet, Keys(keys), limits, news, monitor, trusted=trusted)
         app = make_app(service)
         app.router.lifespan_context = _lifespan(service)
         log_to_stderr()
         sys.setswitchinterval(_SWITCH)
-        try:
-            _Server(app, host, port).run()
-        finally:
-            store.close()
+        _Server(app, host, port).run()
 
 
-def _replica(
-    model: str, options: dict[str, Any], queue: Queue, news: News, limits: Limits, *, trusted: bool
-) -> Replica:
-    name, _, revision = model.partition("@")
-    runner = TrustedRunner if trusted else ConfinedRunner
-    own = {**options, "revision": revision} if revision else options
-    return Replica(model, runner(name, own, limits), queue, news, limits)
+def _own(model: str, options: dict[str, Any] | None) -> dict[str, Any]:
+    _, _, revision = model.partition("@")
+    return {**(options or {}), "revision": revision} if revision else options or {}
 
 
-def _check(host: str, keys: Path | None, *, no_auth_on_loopback: bool, trusted: bool) -> None:
+def _runners(cluster: Cluster | None, limits: Limits, *, trusted: bool) -> Callable[[str, int, dict[str, Any]], Runner]:
+    """What makes the runner of a model's replica of a number."""
+    if cluster is None:
+        runner = TrustedRunner if trusted else ConfinedRunner
+        return lambda model, _, options: runner(model.partition("@")[0], options, limits)
+    return lambda model, number, options: RayRunner(cluster, model, number, options, limits, trusted=trusted)
+
+
+def _check(host: str, keys: Path | None, *, no_auth_on_loopback: bool, trusted: bool, confines: bool) -> None:
     if (keys is None) != no_auth_on_loopback:
         raise ServeError("Give either --api-keys FILE or --no-auth-on-loopback.")
     if (trusted or no_auth_on_loopback) and not _is_loopback(host):
@@ -109,7 +144,7 @@ def _check(host: str, keys: Path | None, *, no_auth_on_loopback: bool, trusted: 
         raise ServeError(
             f"{option} is for this machine alone: {host} can be reached from others. Use --host 127.0.0.1."
         )
-    lacking = [] if trusted else missing()
+    lacking = [] if trusted or not confines else missing()
     if lacking:
         raise ServeError(
             f"Other people's blocks cannot be confined on this machine, which lacks {'; '.join(lacking)}. With --trusted "

@@ -1,16 +1,17 @@
-"""Jobs in a database, their bytes in files beside it."""
+"""Jobs in a database, their bytes in files beside it or wherever they are to be."""
 
 from __future__ import annotations
 
+import uuid
 from collections.abc import Collection, Iterator
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 from pathlib import Path
 from threading import Lock
-from typing import Any
 
 from sqlalchemy import (
     Column,
     Connection,
+    Engine,
     Float,
     ForeignKey,
     Index,
@@ -20,14 +21,15 @@ from sqlalchemy import (
     Table,
     Text,
     UniqueConstraint,
-    create_engine,
     delete,
-    event,
     select,
 )
 
+from ..errors import NNsightError
+from ._database import READS, make_tables, open_database
+from ._files import open_files
+
 metadata = MetaData()
-_READS = "nnsight_reads"
 
 jobs = Table(
     "jobs",
@@ -37,17 +39,19 @@ jobs = Table(
     Column("idempotency", String(200), nullable=False),
     Column("model", String(500), nullable=False),
     Column("status", String(20), nullable=False),
-    Column("created", Float, nullable=False),
-    Column("started", Float),
-    Column("ended", Float),
-    Column("lease", Float),
+    Column("created", Float(53), nullable=False),
+    Column("started", Float(53)),
+    Column("ended", Float(53)),
+    Column("lease", Float(53)),
     Column("attempts", Integer, nullable=False, default=0),
-    Column("seconds", Float, nullable=False),
+    Column("seconds", Float(53), nullable=False),
     Column("stop", Integer, nullable=False, default=0),
     Column("priority", Integer, nullable=False, default=0),
     Column("shares", Integer, nullable=False, default=0),  # whether it may share a forward
     Column("size", Integer, nullable=False, default=0),  # bytes that are kept of it
     Column("error", Text),
+    Column("server", String(32)),  # whose replica runs it
+    Column("turn", Integer, nullable=False, default=0),  # how often it was claimed
     UniqueConstraint("owner", "idempotency"),
     Index("jobs_by_status", "status", "model"),
 )
@@ -60,81 +64,103 @@ events = Table(
     Column("body", Text, nullable=False),
 )
 
-models = Table("models", metadata, Column("name", String(500), primary_key=True))  # deployed while the server ran
+deployed = Table(  # models that were deployed while a server ran
+    "deployed",
+    metadata,
+    Column("server", String(32), primary_key=True),
+    Column("name", String(500), primary_key=True),
+)
+
+settings = Table("settings", metadata, Column("name", String(100), primary_key=True), Column("value", Text))
+
+
+class StoreError(NNsightError):
+    """Servers that do not fit to one database."""
 
 
 class Store:
-    """A folder with the database and the files of one server."""
+    """What one server keeps.
 
-    def __init__(self, folder: Path) -> None:
+    Args:
+        folder: Its own.
+        database: The URL of one that several servers may share; by default it is in the folder.
+        results: The URL below which the bytes of jobs and answers are; by default they are in the folder.
+    """
+
+    def __init__(self, folder: Path, database: str | None = None, results: str | None = None) -> None:
         folder.mkdir(parents=True, exist_ok=True)
         self._writing = Lock()
-        self._files = folder / "jobs"
-        self._files.mkdir(exist_ok=True, mode=0o700)
-        self._engine = create_engine(
-            f"sqlite:///{folder / 'queue.sqlite'}", connect_args={"timeout": 30}, hide_parameters=True
-        )
-        event.listen(self._engine, "connect", _prepare)
-        event.listen(self._engine, "begin", _begin)
-        metadata.create_all(self._engine)
+        self.server = _identity(folder / "server")
+        self._files = open_files(results, folder / "jobs")
+        self.engine: Engine = open_database(database or f"sqlite:///{folder / 'queue.sqlite'}")
+        self.shared = self.engine.dialect.name != "sqlite"
+        make_tables(self.engine, metadata)
+        if self.shared:
+            self._agree_on_files()
 
     @contextmanager
     def begin(self) -> Iterator[Connection]:
-        """A transaction that nobody else writes beside.
+        """A transaction that writes.
 
-        Threads wait for one another here: SQLite would have them ask again, later and later.
+        In SQLite threads wait for one another here: it would have them ask again, later and later.
         """
-        with self._writing, self._engine.begin() as connection:
-            yield connection
+        if self.shared:
+            with self.engine.begin() as connection:
+                yield connection
+        else:
+            with self._writing, self.engine.begin() as connection:
+                yield connection
 
     @contextmanager
     def look(self) -> Iterator[Connection]:
         """A transaction that only reads, and waits for nobody."""
-        with self._engine.connect().execution_options(**{_READS: True}) as connection:
+        with self.engine.connect().execution_options(**{READS: True}) as connection:
             yield connection
+
+    def _agree_on_files(self) -> None:
+        """Servers that share a queue must have its bytes in one place."""
+        with self.begin() as db:
+            place = db.execute(select(settings.c.value).where(settings.c.name == "results").with_for_update()).scalar()
+            if place is not None and place != self._files.place and db.execute(select(jobs.c.id).limit(1)).first():
+                raise StoreError(
+                    f"The jobs of this database are kept at {place}, not at {self._files.place}: servers with one "
+                    "database need one --results URL (or --data folder)."
+                )
+            db.execute(delete(settings).where(settings.c.name == "results"))
+            db.execute(settings.insert().values(name="results", value=self._files.place))
 
     def deployed(self) -> list[str]:
         """The models that were deployed while the server ran."""
         with self.look() as db:
-            return list(db.execute(select(models.c.name)).scalars())
+            return list(db.execute(select(deployed.c.name).where(deployed.c.server == self.server)).scalars())
 
     def keep_deployed(self, names: Collection[str]) -> None:
         """Remember which models are deployed."""
         with self.begin() as db:
-            db.execute(delete(models))
+            db.execute(delete(deployed).where(deployed.c.server == self.server))
             for name in names:
-                db.execute(models.insert().values(name=name))
+                db.execute(deployed.insert().values(server=self.server, name=name))
 
     def close(self) -> None:
         """Let go of the database."""
-        self._engine.dispose()
+        self.engine.dispose()
 
     def write(self, job: str, kind: str, data: bytes) -> None:
         """Keep bytes of a job; they are there as a whole or not at all."""
-        part = self._path(job, f"{kind}.part")
-        part.write_bytes(data)
-        part.replace(self._path(job, kind))
+        self._files.write(f"{job}.{kind}", data)
 
     def read(self, job: str, kind: str) -> bytes:
         """Bytes of a job."""
-        return self._path(job, kind).read_bytes()
+        return self._files.read(f"{job}.{kind}")
 
     def remove(self, job: str, *kinds: str) -> None:
         """Forget bytes of a job."""
         for kind in kinds:
-            with suppress(FileNotFoundError):
-                self._path(job, kind).unlink()
-
-    def _path(self, job: str, kind: str) -> Path:
-        return self._files / f"{job}.{kind}"
+            self._files.remove(f"{job}.{kind}")
 
 
-def _prepare(connection: Any, _record: Any) -> None:
-    connection.isolation_level = None  # SQLAlchemy begins transactions itself
-    for pragma in ("journal_mode=WAL", "foreign_keys=ON", "synchronous=NORMAL"):
-        connection.execute(f"PRAGMA {pragma}")
-
-
-def _begin(connection: Connection) -> None:
-    reads = connection.get_execution_options().get(_READS)
-    connection.exec_driver_sql("BEGIN" if reads else "BEGIN IMMEDIATE")
+def _identity(file: Path) -> str:
+    """What a server is called, over its restarts."""
+    if not file.exists():
+        file.write_text(uuid.uuid4().hex)
+    return file.read_text().strip()

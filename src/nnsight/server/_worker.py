@@ -20,9 +20,11 @@ from ..sandbox import (
     EVENT,
     JOB,
     JOBS,
+    LOAD,
     PROBLEM,
     READY,
     STOPPED,
+    WARM,
     Pipe,
     Zygote,
     execute,
@@ -35,12 +37,18 @@ _DIE_WITH_PARENT = 1
 
 
 def main(descriptor: str, command: str) -> int:
-    """Load the model, and run jobs until the server is gone."""
+    """Wait for the word, load the model, and run jobs until the server is gone."""
     end = socket.socket(fileno=int(descriptor))
     pipe = Pipe(end)
     if sys.platform == "linux":
         ctypes.CDLL(None).prctl(_DIE_WITH_PARENT, signal.SIGKILL)
     given: dict[str, Any] = json.loads(command)
+    pipe.send(WARM)
+    try:
+        if pipe.receive()[0] != LOAD:
+            return 1
+    except EOFError:
+        return 0
     try:
         model = LanguageModel(given["name"], dispatch=True, **given["options"])
         _ = model.tokenizer
