@@ -23,4 +23,6 @@ from ._rebuild import Files as Files
 from ._together import can_share as can_share
 from ._together import execute_together as execute_together
 from ._zygote import Zygote as Zygote
+from ._zygote import environment as environment
+from ._zygote import give_up as give_up
 from ._zygote import warm as warm

@@ -28,6 +28,10 @@ from ._jail import Allowance, confine
 from ._pipe import ANSWER, BEGUN, EVENT, FORK, JOB, JOBS, KILL, PROBLEM, READY, Pipe
 from ._together import execute_together
 
+# What a zygote is told of the environment: a forked block can read all of it.
+_NAMES = {"PATH", "HOME", "LANG", "TMPDIR", "PYTHONPATH", "LD_LIBRARY_PATH", "XDG_CACHE_HOME", "NNSIGHT_DEBUG"}
+_PREFIXES = ("LC_", "HF_HOME", "HF_HUB_", "HUGGINGFACE_HUB_CACHE", "TRANSFORMERS_", "OMP_", "MKL_", "CUDA_", "TORCH_")
+
 
 class Zygote:
     """Forks on demand.
@@ -35,11 +39,15 @@ class Zygote:
     Args:
         control: The server's end says when.
         model: What the jobs run on; each has a copy of it, which takes memory only where it is changed.
+        run: What a forked process does with its descriptor; by default it runs one job.
     """
 
-    def __init__(self, control: socket.socket, model: NNsight) -> None:
+    def __init__(
+        self, control: socket.socket, model: NNsight, run: Callable[[int, NNsight, Allowance], None] | None = None
+    ) -> None:
         self._control = control
         self._model = model
+        self._run = run or run_confined
         self._children: set[int] = set()
 
     def serve(self) -> None:
@@ -68,7 +76,7 @@ class Zygote:
             return child
         try:
             self._control.close()
-            run_confined(descriptor, self._model, allowance)
+            self._run(descriptor, self._model, allowance)
         finally:
             os._exit(1)
 
@@ -82,20 +90,27 @@ class Zygote:
 
 def run_confined(descriptor: int, model: NNsight, allowance: Allowance) -> None:
     """In the forked process: give everything up, then read the job, run it, and answer."""
-    pipe = Pipe(socket.socket(fileno=descriptor))
-    _draw_anew()
-    try:
-        confine([descriptor], allowance)
-    except BaseException:
-        pipe.send(PROBLEM, f"a process could not be confined: {traceback.format_exc()}".encode())
-        os._exit(1)
-    pipe.send(READY)
+    end = socket.socket(fileno=descriptor)
+    give_up(end, allowance)
+    pipe = Pipe(end)
     kind, frame = pipe.receive()
     if kind == JOB:
         pipe.send(ANSWER, execute(frame, model, _sender(pipe)))
     elif kind == JOBS:
         pipe.send(ANSWER, execute_together(frame, model))
     os._exit(0)
+
+
+def give_up(end: socket.socket, allowance: Allowance) -> None:
+    """Confine this forked process, and say so at its `end` of a socket; it ends where that cannot be done."""
+    pipe = Pipe(end)
+    _draw_anew()
+    try:
+        confine([end.fileno()], allowance)
+    except BaseException:
+        pipe.send(PROBLEM, f"a process could not be confined: {traceback.format_exc()}".encode())
+        os._exit(1)
+    pipe.send(READY)
 
 
 def _draw_anew() -> None:
@@ -122,6 +137,12 @@ def _receive_command(control: socket.socket) -> tuple[bytes, list[int]]:
     except (ConnectionError, OSError):
         return b"", []
     return data, descriptors
+
+
+def environment() -> dict[str, str]:
+    """What a zygote is told of this process's environment, without its tokens and keys."""
+    told = {name: value for name, value in os.environ.items() if name in _NAMES or name.startswith(_PREFIXES)}
+    return told | {"HF_HUB_DISABLE_PROGRESS_BARS": "1"}  # a bar starts a thread, which a fork would leave behind
 
 
 def warm(model: Any) -> None:

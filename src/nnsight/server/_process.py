@@ -17,7 +17,22 @@ from typing import Any, NamedTuple
 import msgspec
 
 from ..protocol import Event, Shared
-from ..sandbox import ANSWER, BEGUN, EVENT, FORK, JOB, JOBS, KILL, LOAD, PROBLEM, READY, STOPPED, WARM, Pipe
+from ..sandbox import (
+    ANSWER,
+    BEGUN,
+    EVENT,
+    FORK,
+    JOB,
+    JOBS,
+    KILL,
+    LOAD,
+    PROBLEM,
+    READY,
+    STOPPED,
+    WARM,
+    Pipe,
+    environment,
+)
 from ._limits import Limits
 from ._replica import DiedError, Emit, NotBegunError
 
@@ -27,9 +42,6 @@ _CONTROL = 120.0  # seconds that a zygote may take to fork
 _event = msgspec.json.Decoder(Event)
 _packed = msgspec.msgpack.Encoder()
 _shared = msgspec.msgpack.Decoder(Shared)
-# What a model process is told of the environment: a forked block can read all of it.
-_NAMES = {"PATH", "HOME", "LANG", "TMPDIR", "PYTHONPATH", "LD_LIBRARY_PATH", "XDG_CACHE_HOME", "NNSIGHT_DEBUG"}
-_PREFIXES = ("LC_", "HF_HOME", "HF_HUB_", "HUGGINGFACE_HUB_CACHE", "TRANSFORMERS_", "OMP_", "MKL_", "CUDA_", "TORCH_")
 
 
 class ModelProcess:
@@ -73,7 +85,7 @@ class ModelProcess:
         with theirs:
             command = [sys.executable, "-m", "nnsight.server._worker", str(theirs.fileno()), self._command]
             self._process = subprocess.Popen(
-                command, pass_fds=[theirs.fileno()], stdin=subprocess.DEVNULL, env=_environment()
+                command, pass_fds=[theirs.fileno()], stdin=subprocess.DEVNULL, env=environment()
             )
         self._socket = ours
 
@@ -121,11 +133,6 @@ class ModelProcess:
                     raise DiedError(_SAID.get(kind, "the process says what it cannot mean"))
         except (msgspec.MsgspecError, OSError) as error:
             raise DiedError(f"the process says what it cannot mean ({error})") from error
-
-
-def _environment() -> dict[str, str]:
-    told = {name: value for name, value in os.environ.items() if name in _NAMES or name.startswith(_PREFIXES)}
-    return told | {"HF_HUB_DISABLE_PROGRESS_BARS": "1"}  # a bar starts a thread, which a fork would leave behind
 
 
 def share(run: Callable[[bytes, Emit, bytes], bytes], frames: list[bytes]) -> Shared:

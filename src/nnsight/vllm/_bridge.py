@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import functools
 import inspect
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
@@ -69,6 +69,16 @@ class Inputs:
         self._copied = False
         self.joins_stream = keeps_stream and self._stream is not None  # what goes in goes on beside the norm too
 
+    @property
+    def value(self) -> torch.Tensor | None:
+        """What a block sees, of all requests."""
+        return None if self._main is None else self._named[self._main]
+
+    @property
+    def tokens(self) -> int:
+        """How many tokens the model is called for."""
+        return self._named["positions"].shape[-1]
+
     def rows(self, start: int, stop: int) -> tuple[tuple[Any, ...], dict[str, Any]]:
         """What a block sees: `((value,), {})`."""
         if self._main is None:
@@ -80,17 +90,15 @@ class Inputs:
 
     def put(self, start: int, stop: int, inputs: tuple[tuple[Any, ...], dict[str, Any]], path: str) -> None:
         """Exchange one request's rows."""
-        args, kwargs = inputs
-        value = args[0] if args else next(iter(kwargs.values()), None)
-        if self._main is None or len(args) + len(kwargs) != 1:
-            raise EditError(f"{path}.inputs has one value here, ((hidden,), {{}}): assign {path}.input.")
-        named = self._named
+        named, main = self._named, self._main
+        value = check_only_input(inputs if main is not None else ((), {}), path)
+        assert main is not None
         if not self._copied:
             self._copied = True
-            named[self._main] = named[self._main].clone()
+            named[main] = named[main].clone()
             if self._stream is not None:
                 self._stream = named[_STREAM] = self._stream.clone()
-        fill(named[self._main][start:stop], value, path)
+        fill(named[main][start:stop], value, path)
         if self._stream is not None:
             self._stream[start:stop] = 0
 
@@ -124,6 +132,11 @@ class Output:
         second = self._items[1] if len(self._items) > 1 else None
         self._stream = second if summed and isinstance(second, torch.Tensor) else None
         self._copied = False
+
+    @property
+    def value(self) -> torch.Tensor | None:
+        """What a block sees, of all requests."""
+        return self._first
 
     def rows(self, start: int, stop: int) -> Any:
         """What a block sees: the request's rows `[1, pos, …]` of the first tensor."""
@@ -187,12 +200,24 @@ def own(rows: torch.Tensor) -> torch.Tensor:
 
 def fill(rows: torch.Tensor, value: Any, path: str) -> None:
     """Put what a block made in place of rows of the engine's."""
+    rows.copy_(check_fits((1, *rows.shape), value, path).detach().squeeze(0))
+
+
+def check_fits(shape: Sequence[int], value: Any, path: str) -> torch.Tensor:
+    """What a block made, where a tensor of this shape is due."""
     if not isinstance(value, torch.Tensor):
         raise EditError(f"{path} takes a tensor here, not a {type(value).__name__}.")
-    expected = (1, *rows.shape)
-    if tuple(value.shape) != expected:
-        raise EditError(f"{path} has the shape {list(expected)} here, and was assigned one of {list(value.shape)}.")
-    rows.copy_(value.detach().squeeze(0))
+    if tuple(value.shape) != tuple(shape):
+        raise EditError(f"{path} has the shape {list(shape)} here, and was assigned one of {list(value.shape)}.")
+    return value
+
+
+def check_only_input(inputs: tuple[tuple[Any, ...], Mapping[str, Any]], path: str) -> Any:
+    """The one argument that a block sees of a call."""
+    args, kwargs = inputs
+    if len(args) + len(kwargs) != 1:
+        raise EditError(f"{path}.inputs has one value here, ((hidden,), {{}}): assign {path}.input.")
+    return args[0] if args else next(iter(kwargs.values()))
 
 
 def versions_of(value: Any) -> list[tuple[torch.Tensor, int]]:

@@ -42,6 +42,7 @@ class Engine:
         self._replaced: set[Module] = set()
         self._installed = False
         self._hidden: Any = None  # what leaves the layers at this step
+        self._tokens = 0  # of all requests at this step
         self._compute_logits: Forward
         head = self.root.lm_head
         if sum(module is head for _, module in self.root.named_modules(remove_duplicate=False)) > 1:
@@ -116,6 +117,7 @@ class Engine:
         def forward(module: Module, /, *args: Any, **kwargs: Any) -> Any:
             if module is self.root:
                 self._begin_step()
+                self._tokens = bridge_of(type(module)).inputs(args, kwargs).tokens
             run = partial(self.specs.call, plain) if module in self.specs.plans else plain
             if not self._lanes:
                 return run(module, *args, **kwargs)
@@ -203,6 +205,7 @@ class Engine:
 
     def _visit_inputs(self, lane: Lane, module: Module, inputs: Inputs, skipping: dict[Lane, Any]) -> None:
         main, index = lane.main, lane.main.counts[module] - 1
+        self._check_rows(module, inputs.value)
         shown = inputs.rows(lane.start, lane.stop)
         if self._parts is not None:
             shown = self._parts.show(module, INPUT, shown)
@@ -210,6 +213,8 @@ class Engine:
         if module in main.wanted_inputs:
             with lane.visiting():
                 visit = main._visit(module, INPUT, shown, index)
+            if visit.skipped is not None and module is self.root:
+                raise EditError(_NO_SKIP.format(path="model"))
             if visit.skipped is not None:
                 main._pass_by_inside(module)
                 skipping[lane] = visit.skipped[0]
@@ -229,6 +234,7 @@ class Engine:
     def _visit_output(self, lane: Lane, module: Module, output: Output, skipping: dict[Lane, Any]) -> None:
         main, index = lane.main, lane.main.counts[module] - 1
         skipped = skipping.get(lane)
+        self._check_rows(module, output.value)
         shown = output.rows(lane.start, lane.stop) if skipped is None else skipped
         if self._parts is not None and skipped is None:
             shown = self._parts.show(module, OUTPUT, shown)
@@ -248,6 +254,11 @@ class Engine:
         for recorder in main.recorders.get(module, ()):
             recorder.end(shown, (), {}, index, main.step)
 
+    def _check_rows(self, module: Module, value: torch.Tensor | None) -> None:
+        """A request has its rows where there is one for each token, and nowhere else."""
+        if value is not None and (not value.dim() or len(value) != self._tokens):
+            raise EngineError(_NO_ROWS.format(path=self._path(module), shape=list(value.shape), tokens=self._tokens))
+
     def _path(self, module: Module) -> str:
         return f"model.{self._places[module]}".rstrip(".")
 
@@ -259,7 +270,7 @@ class Engine:
         A block that asks for logits sees those of all positions; what it changes at the last one is sampled from.
         """
         head = self.root.lm_head
-        logits = self._compute_logits(hidden, *args, **kwargs)
+        logits = self._project(hidden, *args, **kwargs)
         for lane in self._lanes:
             main = lane.main
             if not lane.lives:
@@ -273,6 +284,14 @@ class Engine:
                 del main.running[-2:]  # the model's own call ends here too
         return logits
 
+    def _project(self, hidden: torch.Tensor, *args: Any, **kwargs: Any) -> Any:
+        """vLLM's own projection, whose modules see the last position of each request: no block has rows there."""
+        lanes, self._lanes = self._lanes, []
+        try:
+            return self._compute_logits(hidden, *args, **kwargs)
+        finally:
+            self._lanes = lanes
+
     def _is_wanted(self, main: Any, module: Any) -> bool:
         return module in main.wanted_outputs or module in main.wanted_inputs or module in main.recorders
 
@@ -283,12 +302,14 @@ class Engine:
         if head in main.wanted_inputs:
             with lane.visiting():
                 visit = main._visit(head, INPUT, ((hidden,), {}), index)
+            if visit.skipped is not None:
+                raise EditError(_NO_SKIP.format(path="model.lm_head"))
             if not lane.lives:
                 return logits
             lane.leave([hidden], "model.lm_head.input")
             hidden = visit.value[0][0]
         with torch.inference_mode():
-            whole = self._compute_logits(hidden[0].detach())
+            whole = self._project(hidden[0].detach())
         shown = own(whole)
         before = versions_of(shown)
         changed = head in main.wanted_inputs
@@ -369,6 +390,13 @@ def _differ(before: list[tuple[torch.Tensor, int]]) -> bool:
 _SHARED = """\
 {path} is given a tensor that its layer goes on with beside it, and vLLM has no tensor for the two apart: changing it here \
 would mean another thing than in the Hugging Face model. Change what makes it: model.resid_post, attn_out, the module before."""
+
+_NO_ROWS = """\
+{path} is given or gives a value of shape {shape}, which has no row for each of the {tokens} tokens of this step: whose rows \
+they are is not known."""
+
+_NO_SKIP = """\
+{path} cannot be skipped on vLLM, which computes the last logits of all requests at once: assign {path}.output instead."""
 
 _CHUNKED = """\
 A block needs its whole prompt in one step, and the engine computed {given} of {length} tokens: give the engine a greater \

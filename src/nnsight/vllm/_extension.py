@@ -4,19 +4,31 @@ from __future__ import annotations
 
 from typing import Any
 
+from ._confined import ConfinedJob, runners_for
 from ._engine import Engine
 from ._jobs import Job
 from ._messages import Reply, encode
+from ._runners import Limits
 from ._served import ServedModel
 
 
 class WorkerExtension:
     """Methods of a worker for jobs with blocks."""
 
-    def nnsight_begin(self, number: str, frame: bytes) -> bytes:
-        """Begin a job, and say what requests it needs."""
+    def nnsight_confine(self, limits: dict[str, float]) -> None:
+        """Get ready for confined blocks, with limits of a worker's own; without it, the first one does."""
+        if vars(self).get("_nnsight_runners") is None:
+            engine, config = self._nnsight_parts()[0], self.vllm_config  # pyright: ignore[reportAttributeAccessIssue]
+            self._nnsight_runners = runners_for(engine, config, Limits(**limits))  # pyright: ignore[reportArgumentType]
+
+    def nnsight_begin(self, number: str, frame: bytes, confined: dict[str, float] | None = None) -> bytes:
+        """Begin a job, and say what requests it needs; with limits, its block runs `confined`, in a process of its own."""
         engine, served, jobs = self._nnsight_parts()
-        jobs[number] = Job(engine, served, number, frame)
+        if confined is not None:
+            self.nnsight_confine(confined)
+            jobs[number] = ConfinedJob(engine, self._nnsight_runners, number, frame)
+        else:
+            jobs[number] = Job(engine, served, number, frame)
         return self._nnsight_reply(number, jobs[number].begin())
 
     def nnsight_go_on(self, number: str, results: list[Any]) -> bytes:
@@ -39,7 +51,7 @@ class WorkerExtension:
         engine, _, jobs = self._nnsight_parts()
         return {"jobs": len(jobs), **engine.living()}
 
-    def _nnsight_parts(self) -> tuple[Engine, ServedModel, dict[str, Job]]:
+    def _nnsight_parts(self) -> tuple[Engine, ServedModel, dict[str, Job | ConfinedJob]]:
         found = vars(self).get("_nnsight")
         if found is None:
             engine = Engine(self.model_runner)  # pyright: ignore[reportAttributeAccessIssue]

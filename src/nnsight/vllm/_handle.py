@@ -27,7 +27,8 @@ class EngineJob:
     """A job of an engine.
 
     `make` turns the answer's bytes into what `result()` gives, `show` is given what the block prints, `place` says where
-    the block stands.  With `streams`, tokens are kept for `stream()` as they come.
+    the block stands.  With `streams`, tokens are kept for `stream()` as they come; `confined` are the limits of a block in
+    a process of its own.
     """
 
     def __init__(
@@ -40,10 +41,12 @@ class EngineJob:
         *,
         place: str,
         streams: bool,
+        confined: dict[str, float] | None = None,
     ) -> None:
         self.id = uuid.uuid4().hex
         self._running = running
         self._frame = frame
+        self._confined = confined
         self._make = make
         self._tokenizer = tokenizer
         self._show = show
@@ -131,7 +134,7 @@ class EngineJob:
     async def _run(self) -> bytes:
         running, answered = self._running, False
         try:
-            reply = await running.tell("nnsight_begin", self.id, self._frame)
+            reply = await running.tell("nnsight_begin", self.id, self._frame, self._confined)
             self._print(reply.printed)
             while reply.answer is None:
                 if not reply.asks:

@@ -11,6 +11,7 @@ from ..modeling import LanguageModel
 from ..remote import Order
 from ._client import RUNNER, Client
 from ._requests import prompt_of, sampling_of
+from ._runners import limits_of
 from ._sent import EngineTracer
 
 _EXTENSION = "nnsight.vllm._extension.WorkerExtension"
@@ -40,6 +41,9 @@ class VLLM(LanguageModel):
     Args:
         model: A name on the hub, or a local folder.
         dispatch: Start the engine now; otherwise the first trace does.
+        confined: Run blocks in confined processes, which reach nothing but the values of their own requests: for blocks of
+            others. The weights and ad-hoc calls of modules are not there for them. A mapping sets limits: `reply` (seconds
+            a block may take for one value, 5), `total` (60), `memory` (bytes, 4 GiB).
         **options: The engine's arguments: `dtype`, `max_model_len`, `gpu_memory_utilization`, `enforce_eager`, ….
 
     Raises:
@@ -47,8 +51,16 @@ class VLLM(LanguageModel):
         EngineError: vLLM is missing, or of a version that is not known.
     """
 
-    def __init__(self, model: str, *, dispatch: bool = False, **options: Any) -> None:
+    def __init__(
+        self, model: str, *, dispatch: bool = False, confined: bool | Mapping[str, float] = False, **options: Any
+    ) -> None:
         _check(model, options)
+        if confined and options.get("tensor_parallel_size", 1) != 1:
+            raise InputError(
+                "confined= is for engines of one worker: tensor_parallel_size= other than 1 cannot be had."
+            )
+        self._limits = limits_of(confined) if confined else None
+        self._confined: Any = None  # the running engine that is ready for it
         super().__init__(model)
         extra = {"worker_extension_cls": _EXTENSION, "scheduler_cls": _SCHEDULER, "enforce_eager": True}
         self._client = Client(self._source.name, {**extra, **options})  # pyright: ignore[reportOptionalMemberAccess]
@@ -59,6 +71,10 @@ class VLLM(LanguageModel):
         """Start the engine, if it does not run yet, or has died."""
         _check_version()
         self._client.start()
+        running = self._client.running()
+        if self._limits is not None and self._confined is not running:
+            running.submit(running.ask("nnsight_confine", self._limits)).result()
+            self._confined = running
         return self
 
     def close(self) -> None:

@@ -84,6 +84,7 @@ class EngineTracer(RemoteTracer):
             show,
             place=f"the block at line {block.line} of {os.path.basename(block.filename)}",
             streams=not self._blocking,
+            confined=self._model._limits,
         )
         self._job = job  # pyright: ignore[reportAttributeAccessIssue]
         return job
