@@ -110,10 +110,19 @@ class Runner:
         self._end.settimeout(_CONTROL)
         try:
             kind, data = Pipe(self._end, _HEADER).receive()
+            self._check_alive()
         except (EOFError, OSError) as error:
             raise DiedError(f"A process for a confined block could not be made: {error}.") from None
         if kind != READY:
             raise DiedError(f"A process for a confined block could not be made: {data.decode(errors='replace')}")
+
+    def _check_alive(self) -> None:
+        """It may have died since it said that it was ready."""
+        try:
+            gone = not self._end.recv(1, socket.MSG_PEEK | socket.MSG_DONTWAIT)
+        except BlockingIOError:
+            return
+        raise EOFError("it has ended" if gone else "it says more than that it is ready")
 
     def close(self) -> None:
         """Let go of this end."""
