@@ -17,6 +17,7 @@ from torch.nn import Embedding, Linear, Module, Sequential
 from nnsight._core import INPUT, OUTPUT
 from nnsight.errors import EditError, ProtocolError
 from nnsight.protocol import Failure, TensorWriter, read_outcome
+from nnsight.sandbox import READY, Pipe
 from nnsight.vllm import _engine
 from nnsight.vllm._confined import ConfinedJob
 from nnsight.vllm._engine import SAMPLES, Engine
@@ -364,6 +365,19 @@ def test_it_says_a_byte_at_a_time(process):
     process.says(framed(b"x" * 100)[:20])
     with pytest.raises(DiedError, match=r"more than 0\.3 seconds"):
         runner.ask(None)
+
+
+def test_it_is_ready_and_then_dead_or_talks_too_soon(process):
+    runner = process.take()
+    Pipe(process.theirs).send(READY)
+    runner.await_ready()
+    for more in (b"x", None):
+        other = Process()
+        Pipe(other.theirs).send(READY)
+        other.says(more) if more else other.theirs.close()
+        with pytest.raises(DiedError, match="could not be made"):
+            other.take().await_ready()
+        other.close()
 
 
 def test_it_does_not_listen(job, process):

@@ -118,8 +118,9 @@ class Runner:
 
     def _check_alive(self) -> None:
         """It may have died since it said that it was ready."""
+        self._end.setblocking(False)
         try:
-            gone = not self._end.recv(1, socket.MSG_PEEK | socket.MSG_DONTWAIT)
+            gone = not self._end.recv(1, socket.MSG_PEEK)
         except BlockingIOError:
             return
         raise EOFError("it has ended" if gone else "it says more than that it is ready")
