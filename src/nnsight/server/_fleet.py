@@ -5,12 +5,12 @@ from __future__ import annotations
 import threading
 import time
 from collections.abc import Callable, Iterable, Sequence
+from typing import Protocol
 
 from ..errors import NNsightError
 from ..protocol import ModelInfo
 from ._monitor import log
 from ._queue import Queue
-from ._replica import Replica
 
 DRAIN = 60.0  # seconds that running jobs have to end
 
@@ -23,6 +23,20 @@ class ServedError(NNsightError):
     """A model that is served already."""
 
 
+class WrongEngineError(NNsightError):
+    """A block for modules of another library than those that are served."""
+
+
+class Member(Protocol):
+    """What serves a model: a `Replica`, or an `EngineReplica`."""
+
+    ready: threading.Event
+    failure: str | None
+
+    def start(self) -> None: ...
+    def end(self, seconds: float | None = None) -> None: ...
+
+
 class Fleet:
     """Replicas by model.
 
@@ -31,18 +45,21 @@ class Fleet:
         make: The replicas of a model, not started.
         queue: Their queue.
         keep: Called with the names of all models when they change.
+        engine: What computes all of them, where it is not transformers.
     """
 
     def __init__(
         self,
         models: Iterable[str],
-        make: Callable[[str], Sequence[Replica]],
+        make: Callable[[str], Sequence[Member]],
         queue: Queue,
         keep: Callable[[Sequence[str]], None] = lambda _: None,
+        engine: str = "",
     ) -> None:
         self._make = make
         self._queue = queue
         self._keep = keep
+        self.engine = engine
         self._lock = threading.Lock()
         self._replicas = {model: make(model) for model in models}
         self._leaving: list[threading.Thread] = []
@@ -60,6 +77,24 @@ class Fleet:
         if model not in self._replicas:
             served = ", ".join(self._replicas) or "none"
             raise UnknownModelError(f"The model {model!r} is not served here; served are: {served}.")
+
+    def check_engine(self, model: str, engine: str) -> None:
+        """Refuse a block that was written for the modules of another library.
+
+        Raises:
+            WrongEngineError: It was.
+        """
+        if engine != self.engine:
+            raise WrongEngineError((_NOT_VLLM if engine else _VLLM).format(model=model.partition("@")[0]))
+
+    def members(self, model: str) -> Sequence[Member]:
+        """What serves a model.
+
+        Raises:
+            UnknownModelError: It is not served.
+        """
+        self.check(model)
+        return self._replicas[model]
 
     def start(self) -> None:
         """Load all models."""
@@ -125,12 +160,22 @@ class Fleet:
                 replicas=len(replicas),
                 ready=int(ready[model]),
                 failure=_failure(replicas, reasons=reasons),
+                engine=self.engine,
             )
             for model, replicas in self._replicas.items()
             if model in ready
         ]
 
 
-def _failure(replicas: Sequence[Replica], *, reasons: bool) -> str | None:
+def _failure(replicas: Sequence[Member], *, reasons: bool) -> str | None:
     found = next((replica.failure for replica in replicas if replica.failure is not None), None)
     return found if reasons or found is None else "not available"
+
+
+_VLLM = """\
+{model!r} is served by vLLM here, whose modules are others than those of transformers: from nnsight.modeling.vllm import VLLM; \
+VLLM({model!r}).trace(…, remote=True)."""
+
+_NOT_VLLM = """\
+{model!r} is not served by vLLM here: LanguageModel({model!r}).trace(…, remote=True), or a server that was started with \
+--engine vllm."""

@@ -148,7 +148,7 @@ class Replica:
                 self._queue.give_back(claim.id, alone=True)
                 continue
             served += 1
-            output = _Output(claim.id, self._queue, self._limits.output)
+            output = Output(claim.id, self._queue, self._limits.output)
             for event in shared.events[number]:
                 output(event)
             self._queue.finish(claim.id, answer)
@@ -159,7 +159,7 @@ class Replica:
         done = threading.Event()
         watch = _Watch([claim.id], claim.seconds, self._queue, self._runner, done)
         watch.start()
-        output = _Output(claim.id, self._queue, self._limits.output)
+        output = Output(claim.id, self._queue, self._limits.output)
         try:
             answer = self._runner.run(claim.frame, output)
         except NotBegunError:
@@ -220,7 +220,7 @@ class _Watch(threading.Thread):
                 return
 
 
-class _Output:
+class Output:
     """Keeps a job's events, up to a limit."""
 
     def __init__(self, job: str, queue: Queue, limit: int) -> None:

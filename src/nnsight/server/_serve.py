@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import fcntl
+import importlib.util
 import ipaddress
 import os
 import sys
@@ -18,7 +19,8 @@ from fastapi.concurrency import run_in_threadpool
 from ..errors import NNsightError
 from ..sandbox import missing
 from ._app import make_app
-from ._fleet import Fleet
+from ._engine import EngineReplica
+from ._fleet import DRAIN, Fleet, Member
 from ._keys import Keys
 from ._limits import Limits
 from ._monitor import Monitor, log_to_stderr
@@ -48,6 +50,7 @@ def serve(
     options: dict[str, Any] | None = None,
     limits: Limits | None = None,
     replicas: int = 1,
+    engine: str = "",
 ) -> None:
     """Serve models until the process is told to end.
 
@@ -59,14 +62,17 @@ def serve(
         no_auth_on_loopback: Let everybody on this machine in, without keys.
         trusted: Run blocks in the process that holds the model, which they can do anything with.
         data: The folder of the queue and of answers.
-        options: Options of `LanguageModel` for every model.
+        options: Options of `LanguageModel`, or of the engine, for every model.
         limits: What one user may take.
         replicas: How many processes hold each model.
+        engine: "vllm" has vLLM compute the models, for many jobs at a time and for completions.
 
     Raises:
         ServeError: The options do not go together.
     """
-    _check(host, keys, no_auth_on_loopback=no_auth_on_loopback, trusted=trusted)
+    _check(host, keys, no_auth_on_loopback=no_auth_on_loopback, trusted=trusted, engine=engine)
+    if engine:
+        _check_engine(engine, replicas)
     limits = limits or Limits()
     folder = data or _default_folder()
     with _only_server_in(folder):
@@ -74,13 +80,15 @@ def serve(
         queue = Queue(store, limits, news, monitor)
         queue.recover()
 
-        def make(model: str) -> list[Replica]:
+        def make(model: str) -> Sequence[Member]:
+            if engine:
+                return [_engine_replica(model, options or {}, queue, news, limits)]
             return [
                 _replica(model, options or {}, queue, news, limits, trusted=trusted) for _ in range(max(replicas, 1))
             ]
 
         every = list(dict.fromkeys([*models, *store.deployed()]))
-        fleet = Fleet(every, make, queue, lambda names: store.keep_deployed(set(names) - set(models)))
+        fleet = Fleet(every, make, queue, lambda names: store.keep_deployed(set(names) - set(models)), engine)
         service = Service(queue, fleet, Keys(keys), limits, news, monitor, trusted=trusted)
         app = make_app(service)
         app.router.lifespan_context = _lifespan(service)
@@ -101,7 +109,25 @@ def _replica(
     return Replica(model, runner(name, own, limits), queue, news, limits)
 
 
-def _check(host: str, keys: Path | None, *, no_auth_on_loopback: bool, trusted: bool) -> None:
+def _engine_replica(model: str, options: dict[str, Any], queue: Queue, news: News, limits: Limits) -> EngineReplica:
+    from ..vllm import Host
+
+    name, _, revision = model.partition("@")
+    own = {**options, "revision": revision} if revision else options
+    return EngineReplica(model, Host(name, model, own), queue, news, limits)
+
+
+def _check_engine(engine: str, replicas: int) -> None:
+    if engine != "vllm":
+        raise ServeError(f"There is no engine {engine!r}; there is: vllm.")
+    if importlib.util.find_spec("vllm") is None:
+        raise ServeError('--engine vllm needs vLLM: pip install "nnsight[vllm]" (see docs/vllm.md).')
+    if replicas != 1:
+        raise ServeError("--replicas is for models in processes of ours: an engine spreads by --tensor-parallel-size.")
+    os.environ["VLLM_WORKER_MULTIPROC_METHOD"] = "spawn"  # a fork would have the sockets and locks of the server
+
+
+def _check(host: str, keys: Path | None, *, no_auth_on_loopback: bool, trusted: bool, engine: str) -> None:
     if (keys is None) != no_auth_on_loopback:
         raise ServeError("Give either --api-keys FILE or --no-auth-on-loopback.")
     if (trusted or no_auth_on_loopback) and not _is_loopback(host):
@@ -109,12 +135,19 @@ def _check(host: str, keys: Path | None, *, no_auth_on_loopback: bool, trusted: 
         raise ServeError(
             f"{option} is for this machine alone: {host} can be reached from others. Use --host 127.0.0.1."
         )
+    if engine and not trusted:
+        raise ServeError(_NOT_CONFINED)
     lacking = [] if trusted else missing()
     if lacking:
         raise ServeError(
             f"Other people's blocks cannot be confined on this machine, which lacks {'; '.join(lacking)}. With --trusted "
             "blocks run in the process that holds the model, where they can do anything that you can."
         )
+
+
+_NOT_CONFINED = """\
+Blocks in a vLLM engine run in its worker, where other people's cannot be confined yet: serve yourself alone with \
+--trusted, on loopback, or other people without --engine."""
 
 
 def _is_loopback(host: str) -> bool:
@@ -179,4 +212,6 @@ class _Server(uvicorn.Server):
 
     async def shutdown(self, sockets: Any = None) -> None:
         self._app.state.service.draining = True
+        if hasattr(self._app.state, "desk"):
+            await self._app.state.desk.wait(DRAIN)
         await super().shutdown(sockets)

@@ -68,11 +68,12 @@ class Client:
 
 
 class Running:
-    """An engine from its start to its end; `death` says why it can do nothing more."""
+    """An engine from its start to its end; `death` says why it can do nothing more, `how` that in a few words."""
 
     def __init__(self, name: str, options: Mapping[str, Any]) -> None:
         self.pid = os.getpid()
         self.death: str | None = None
+        self.how: str | None = None
         self._tasks: set[asyncio.Task[Any]] = set()
         self._loop = asyncio.new_event_loop()
         self._thread = threading.Thread(target=self._loop.run_forever, name="nnsight-vllm", daemon=True)
@@ -133,7 +134,7 @@ class Running:
             except asyncio.CancelledError:
                 if self.death is None:
                     raise
-        self._die(_DEAD.format(how="it reported an error, which its log has"))
+        self._end_by("it reported an error, which its log has")
 
     async def tell(self, method: str, *args: Any) -> Reply:
         """Call a method of the worker extension that answers with a reply."""
@@ -172,7 +173,17 @@ class Running:
         """How many tokens one step takes."""
         return self.llm.vllm_config.scheduler_config.max_num_batched_tokens
 
+    @property
+    def most_requests(self) -> int:
+        """How many requests are computed at a time."""
+        return self.llm.vllm_config.scheduler_config.max_num_seqs
+
     # --- the end -------------------------------------------------------------------------------------------------
+
+    def kill(self) -> None:
+        """End the processes of the engine at once, whatever they do."""
+        for process in self.llm.engine_core.resources.engine_manager.processes:
+            process.kill()
 
     def _watch(self, processes: list[Any]) -> None:
         connection.wait([process.sentinel for process in processes])
@@ -180,11 +191,14 @@ class Running:
         while not (codes := _codes(processes)) and time.monotonic() < deadline:
             time.sleep(0.01)  # another thread waits for the process too
         if not self._loop.is_closed():
-            self._loop.call_soon_threadsafe(self._die, _DEAD.format(how=_how(codes)))
+            self._loop.call_soon_threadsafe(self._end_by, _how(codes))
 
-    def _die(self, death: str) -> None:
+    def _end_by(self, how: str) -> None:
+        self._die(_DEAD.format(how=how), how)
+
+    def _die(self, death: str, how: str) -> None:
         if self.death is None:
-            self.death = death
+            self.death, self.how = death, how
             for task in self._tasks:
                 task.cancel()
 
@@ -202,7 +216,7 @@ class Running:
         self.llm = None
 
     async def _end(self) -> None:
-        self._die(_CLOSED)
+        self._die(_CLOSED, "it was closed")
         others = [task for task in asyncio.all_tasks() if task is not asyncio.current_task()]
         if self._tasks:
             await asyncio.wait([*self._tasks], timeout=_LAST_WORDS)
