@@ -66,6 +66,8 @@ class Desk:
         engine = member.host.completions
         if engine is None:
             raise UnavailableError(f"The engine of {model!r} does not run at the moment; it is being started.")
+        if head.count > most:
+            raise ProtocolError(f"a request asks for {head.count} sequences; at most {most} are one user's at a time")
         if self._open[owner] + head.count > most:
             raise TooManyJobsError(
                 f"You have {self._open[owner]} sequences of completions under way and ask for {head.count}; at most {most} are "
