@@ -7,6 +7,7 @@ import signal
 import threading
 import time
 from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
 
 import httpx
 import pytest
@@ -32,6 +33,14 @@ def wait_until(condition, seconds=LIMIT):
     while not condition():
         assert time.monotonic() < deadline
         time.sleep(0.05)
+
+
+def descendants(pid):
+    """The processes of the engines below a server."""
+    tasks = Path(f"/proc/{pid}/task").iterdir()
+    children = [int(child) for task in tasks for child in (task / "children").read_text().split()]
+    engines = [child for child in children if b"VLLM" in Path(f"/proc/{child}/cmdline").read_bytes()]
+    return [*engines, *(process for child in children for process in descendants(child))]
 
 
 class Site:
@@ -282,6 +291,8 @@ def test_a_user_has_so_many_completions_at_a_time(site):
 def test_a_block_that_holds_the_worker_up_is_ended_and_the_others_run_again(site):
     """The engine is killed for it: what ran beside it is computed again, each by itself, and ends once."""
     done, cancelled, model = site.count("done"), site.count("cancelled"), site.model
+    before = descendants(site.server.process.pid)
+    assert len(before) >= 1
     other = send(model, pause=0.05)
     wait_until(lambda: other.status == "running")
     with model.trace(TOWER, remote=True, blocking=False, timeout=LIMIT) as stuck:
@@ -294,11 +305,12 @@ def test_a_block_that_holds_the_worker_up_is_ended_and_the_others_run_again(site
         stuck.result()
     assert other.result()["numbers"] == [LONG]
     assert (site.count("done"), site.count("cancelled")) == (done + 1, cancelled + 1)
+    assert not any(Path(f"/proc/{pid}/exe").exists() for pid in before)  # nothing of the killed engine is left
 
 
 def test_a_job_that_kills_the_engine_fails_once(site):
     failed, model = site.count("failed"), site.model
-    with pytest.raises(ServerError, match=r"died while it computed this job and no other \(killed by SIGKILL"):
+    with pytest.raises(ServerError, match="died while it computed this job and no other"):
         with model.trace(TOWER, remote=True, timeout=LIMIT):
             import os as system
 

@@ -82,7 +82,7 @@ def serve(
 
         def make(model: str) -> Sequence[Member]:
             if engine:
-                return [_engine_replica(model, options or {}, queue, news, limits)]
+                return [_engine_replica(model, options or {}, queue, news, limits, trusted=trusted)]
             return [
                 _replica(model, options or {}, queue, news, limits, trusted=trusted) for _ in range(max(replicas, 1))
             ]
@@ -109,12 +109,14 @@ def _replica(
     return Replica(model, runner(name, own, limits), queue, news, limits)
 
 
-def _engine_replica(model: str, options: dict[str, Any], queue: Queue, news: News, limits: Limits) -> EngineReplica:
+def _engine_replica(
+    model: str, options: dict[str, Any], queue: Queue, news: News, limits: Limits, *, trusted: bool
+) -> EngineReplica:
     from ..vllm import Host
 
     name, _, revision = model.partition("@")
     own = {**options, "revision": revision} if revision else options
-    return EngineReplica(model, Host(name, model, own), queue, news, limits)
+    return EngineReplica(model, Host(name, model, own, confined=not trusted), queue, news, limits)
 
 
 def _check_engine(engine: str, replicas: int) -> None:

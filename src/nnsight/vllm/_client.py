@@ -181,9 +181,11 @@ class Running:
     # --- the end -------------------------------------------------------------------------------------------------
 
     def kill(self) -> None:
-        """End the processes of the engine at once, whatever they do."""
+        """End the processes of the engine at once, with its workers, whatever they do."""
+        from vllm.utils.system_utils import kill_process_tree  # pyright: ignore[reportMissingImports]
+
         for process in self.llm.engine_core.resources.engine_manager.processes:
-            process.kill()
+            kill_process_tree(process.pid)
 
     def _watch(self, processes: list[Any]) -> None:
         connection.wait([process.sentinel for process in processes])

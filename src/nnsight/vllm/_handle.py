@@ -27,7 +27,8 @@ class EngineJob:
     """A job of an engine.
 
     `make` turns the answer's bytes into what `result()` gives, `show` is given what the block prints, `place` says where
-    the block stands.  With `streams`, tokens are kept for `stream()` as they come.
+    the block stands.  With `streams`, tokens are kept for `stream()` as they come; a `confined` one is not run in the
+    worker itself.
     """
 
     def __init__(
@@ -40,15 +41,16 @@ class EngineJob:
         *,
         place: str,
         streams: bool,
+        confined: bool = False,
     ) -> None:
         self.id = uuid.uuid4().hex
         self._running = running
-        self._frame = frame
         self._make = make
         self._tokenizer = tokenizer
         self._show = show
         self._place = place
         self._streams = streams
+        self._begin = (self.id, frame, True) if confined else (self.id, frame)
         self._count = 0
         self._pieces: list[Piece] = []
         self._news = asyncio.Event()
@@ -131,7 +133,7 @@ class EngineJob:
     async def _run(self) -> bytes:
         running, answered = self._running, False
         try:
-            reply = await running.tell("nnsight_begin", self.id, self._frame)
+            reply = await running.tell("nnsight_begin", *self._begin)
             self._print(reply.printed)
             while reply.answer is None:
                 if not reply.asks:

@@ -23,12 +23,14 @@ class Host:
         name: The model, as `VLLM` takes it.
         public: The name by which completions ask for it.
         options: The engine's arguments.
+        confined: Run no block in the worker itself.
     """
 
-    def __init__(self, name: str, public: str, options: Mapping[str, Any]) -> None:
+    def __init__(self, name: str, public: str, options: Mapping[str, Any], *, confined: bool) -> None:
         self._name = name
         self._public = public
         self._options = dict(options)
+        self._confined = confined
         self._model: VLLM | None = None
         self._running: Running | None = None
         self._completions: Completions | None = None
@@ -76,7 +78,14 @@ class Host:
         if self._model is None or self._running is None or self._running.death is not None:
             raise EngineError("The engine does not run.")
         return EngineJob(
-            self._running, frame, _as_it_is, self._model.tokenizer, show, place="a job of a server", streams=False
+            self._running,
+            frame,
+            _as_it_is,
+            self._model.tokenizer,
+            show,
+            place="a job of a server",
+            streams=False,
+            confined=self._confined,
         )
 
     # --- jobs that do not end ------------------------------------------------------------------------------------
