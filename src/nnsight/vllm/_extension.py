@@ -7,6 +7,7 @@ from typing import Any
 from ._engine import Engine
 from ._jobs import Job
 from ._messages import Reply, encode
+from ._parent import end_with_parent
 from ._served import ServedModel
 
 
@@ -42,6 +43,7 @@ class WorkerExtension:
     def _nnsight_parts(self) -> tuple[Engine, ServedModel, dict[str, Job]]:
         found = vars(self).get("_nnsight")
         if found is None:
+            end_with_parent()
             engine = Engine(self.model_runner)  # pyright: ignore[reportAttributeAccessIssue]
             served = ServedModel(engine, self._nnsight_tokenizer)
             found = self._nnsight = (engine, served, {})
