@@ -7,11 +7,12 @@ import io
 import json
 import logging
 import sqlite3
+import time
 
 import msgspec
 import pytest
 from prometheus_client.parser import text_string_to_metric_families
-from sqlalchemy import event
+from sqlalchemy import event, select
 from sqlalchemy.exc import OperationalError
 
 from nnsight.protocol import Event, Failure
@@ -20,6 +21,7 @@ from nnsight.server._app import _CODES
 from nnsight.server._keys import KeyFileError, Keys, create_key, list_users, revoke_keys
 from nnsight.server._limits import Limits
 from nnsight.server._monitor import log_to_stderr
+from nnsight.server._store import jobs
 
 from .conftest import LIMITS, frame_of
 
@@ -335,3 +337,31 @@ def test_models_come_and_go(site):
 def test_limits_are_public(site):
     assert site.ask(None, "GET", "/v1/status").json()["limits"]["body"] == LIMITS.body
     assert Limits().public()["queued"] == 64
+
+
+# --- engines --------------------------------------------------------------------------------------------------
+
+
+def test_a_block_for_the_modules_of_an_engine_is_refused_by_name(site):
+    refused = site.submit("ann", frame_of(engine="vllm"))
+    assert refused.status_code == 409
+    assert "LanguageModel('m')" in refused.json()["reason"]
+    assert site.ask("ann", "GET", "/v1/jobs").json()["jobs"] == []
+
+
+def test_completions_are_served_by_engines_alone(site):
+    assert site.ask("ann", "POST", "/v1/completions", json={"model": "m", "prompt": "a"}).status_code == 404
+    assert "/v1/completions" not in site.ask(None, "GET", "/openapi.json").json()["paths"]
+
+
+def test_the_leases_of_many_jobs_are_renewed_together(site):
+    first, second, third = (site.submit("ann").json()["id"] for _ in range(3))
+    claims = [site.queue.claim("m") for _ in range(2)]
+    site.ask("ann", "DELETE", f"/v1/jobs/{second}")
+    before = time.time()
+    lost = claims[0]._replace(id=third, turn=1)
+    assert site.queue.beat_all([*claims, lost]) == {second, third}  # one that another runs by now, too
+    with site.store.look() as db:
+        leases = {row.id: row.lease for row in db.execute(select(jobs))}
+    assert min(leases[first], leases[second]) >= before + LIMITS.lease
+    assert leases[third] is None  # it waits, and has none

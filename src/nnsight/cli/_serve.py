@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 import argparse
+import json
 from pathlib import Path
 from typing import Any
+
+from nnsight.errors import InputError
 
 
 def add_serve(commands: Any) -> None:
@@ -31,6 +34,14 @@ def add_serve(commands: Any) -> None:
     limits.add_argument("--keep", type=int, metavar="SECONDS", help="how long answers are kept")
     serve.add_argument("--dtype", help="the models' dtype: bfloat16, float32, …")
     serve.add_argument("--device-map", help="as `from_pretrained` takes it: auto, cpu, cuda:0, …")
+    engine = serve.add_argument_group("an engine, for many jobs at a time and completions beside them")
+    engine.add_argument("--engine", choices=["vllm"], help="what computes the models; see docs/vllm.md")
+    engine.add_argument("--max-model-len", type=int, metavar="N", help="tokens of prompt and continuation")
+    engine.add_argument("--tensor-parallel-size", type=int, metavar="N", help="over how many devices a model is cut")
+    engine.add_argument("--gpu-memory-utilization", type=float, metavar="PART", help="how much of a device is used")
+    engine.add_argument(
+        "--engine-option", action="append", default=[], metavar="NAME=VALUE", help="another argument of vLLM's engine"
+    )
     _add_keys(commands)
 
 
@@ -71,6 +82,7 @@ def _serve(options: argparse.Namespace) -> None:
     memory = None if options.job_memory is None else options.job_memory * 2**20
     wanted = {"seconds": options.job_seconds, "memory": memory, "queued": options.user_jobs, "keep": options.keep}
     given = {"dtype": options.dtype, "device_map": options.device_map}
+    given |= _engine_options(options)
     serve(
         options.models,
         host=options.host,
@@ -88,8 +100,33 @@ def _serve(options: argparse.Namespace) -> None:
         budget=None
         if options.memory_budget is None
         else Budget(int(options.memory_budget * 2**30), max(options.warm, 0)),
+        engine=options.engine or "",
         limits=Limits(**{name: value for name, value in wanted.items() if value is not None}),
     )
+
+
+_ENGINE = ("max_model_len", "tensor_parallel_size", "gpu_memory_utilization")
+
+
+def _engine_options(options: argparse.Namespace) -> dict[str, Any]:
+    found = {name: getattr(options, name) for name in _ENGINE if getattr(options, name) is not None}
+    for text in options.engine_option:
+        name, is_option, value = text.partition("=")
+        if not is_option:
+            raise InputError(f"--engine-option takes NAME=VALUE, as max_num_seqs=64, not {text!r}.")
+        found[name.replace("-", "_")] = _value(value)
+    if options.engine and options.device_map:
+        raise InputError("--device-map is for models without --engine: vLLM has --tensor-parallel-size.")
+    if found and not options.engine:
+        raise InputError(f"{', '.join(found)}: an option of an engine, which --engine vllm asks for.")
+    return found
+
+
+def _value(text: str) -> Any:
+    try:
+        return json.loads(text)
+    except ValueError:
+        return text
 
 
 def _create(options: argparse.Namespace) -> None:

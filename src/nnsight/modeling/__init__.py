@@ -4,6 +4,7 @@ from ._apply import edit_of as edit_of
 from ._base import NNsight as NNsight
 from ._diffusion import DiffusionModel as DiffusionModel
 from ._elsewhere import Elsewhere as Elsewhere
+from ._elsewhere import open_elsewhere as open_elsewhere
 from ._elsewhere import set_opener as set_opener
 from ._hidden import show_block_output as show_block_output
 from ._hidden import take_block_output as take_block_output

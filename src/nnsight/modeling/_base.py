@@ -78,6 +78,7 @@ class NNsight(Named):
         self._rename = dict(rename) if rename else None
 
     dispatched = True  # whether the weights are loaded
+    _engine = ""  # what computes it where it is served: transformers, or what is named here
     _is_served = False  # a server's own: what asks to run elsewhere has arrived there
 
     @property

@@ -85,8 +85,8 @@ class ModelState(Message):
     rename: dict[str, str] | None = None
 
 
-class Job(Message, tag="job"):
-    """A block to run on a served model."""
+class Job(Message, tag="job", omit_defaults=True):
+    """A block to run on a served model; `engine` says whose modules the block means: transformers', or "vllm"."""
 
     version: int
     model: str
@@ -107,6 +107,7 @@ class Job(Message, tag="job"):
     seed: int = 0
     timeout: float = 600.0
     solo: bool = False
+    engine: str = ""
 
 
 class Line(Message):
@@ -211,7 +212,7 @@ class ModelInfo(Message):
     """A served model: whether a replica of it can take jobs, how many jobs wait for it and run on it.
 
     `failure` says that it is not there, and to administrators why.  `tier` is `hot` (loaded), `warm` (its processes are
-    there, without weights) or `cold`; a job for one that is not hot has it loaded.
+    there, without weights) or `cold`; a job for one that is not hot has it loaded.  `engine` is "vllm" where that computes it.
     """
 
     name: str
@@ -223,6 +224,7 @@ class ModelInfo(Message):
     ready: int = 0
     failure: str | None = None
     tier: str = "hot"
+    engine: str = ""
 
 
 class ModelOrder(Message):

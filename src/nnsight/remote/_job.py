@@ -112,6 +112,7 @@ class JobWriter:
             seed=int(torch.randint(2**62, ()).item()),
             timeout=order.timeout,
             solo=order.solo,
+            engine=order.model._engine,
         )
         frame = write_frame(job, self._encoder.tensors)
         return Written(frame, self._encoder.containers, self._encoder.tensors.sources, self._definitions)

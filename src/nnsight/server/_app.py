@@ -15,8 +15,9 @@ from sqlalchemy.exc import OperationalError
 from ..errors import LoadError, NNsightError, ProtocolError
 from ..protocol import ENDED, JobState, ModelOrder, Person, Refusal
 from ._budget import BudgetError
+from ._completions import Desk, UnavailableError
 from ._describe import describe, responses
-from ._fleet import ServedError, UnknownModelError
+from ._fleet import ServedError, UnknownModelError, WrongEngineError
 from ._keys import NotAdminError, UnknownKeyError, User
 from ._monitor import log
 from ._page import HEADERS, page
@@ -44,6 +45,8 @@ _CODES: dict[type[NNsightError], tuple[int, int | None]] = {
     ServedError: (409, None),
     BudgetError: (409, None),
     LoadError: (400, None),
+    WrongEngineError: (409, None),
+    UnavailableError: (503, 5),
     TooLargeError: (413, None),
     TooMuchStoredError: (413, 30),
     TooManyJobsError: (429, 2),
@@ -60,6 +63,8 @@ def make_app(service: Service) -> FastAPI:
     _add_questions(app, service)
     _add_jobs(app, service)
     _add_models(app, service)
+    if service.fleet.engine:
+        _add_completions(app, service)
     return app
 
 
@@ -184,6 +189,32 @@ def _add_models(app: FastAPI, service: Service) -> None:
     async def evict(request: Request, model: str) -> Response:
         await run_in_threadpool(service.evict, await _user(service, request), model)
         return Response(status_code=204)
+
+
+def _add_completions(app: FastAPI, service: Service) -> None:
+    app.state.desk = desk = Desk(service)
+
+    @app.get(
+        "/v1/models", summary="The models, as OpenAI's clients ask for them", responses=responses("text/plain", 401)
+    )
+    async def models(request: Request) -> Response:
+        await _user(service, request)
+        card = {"object": "model", "created": int(service.started), "owned_by": "nnsight"}
+        return _json({"object": "list", "data": [{"id": name, **card} for name in service.fleet.names()]})
+
+    async def complete(request: Request) -> Response:
+        user = await _user(service, request)
+        if service.draining:
+            raise ClosingError("The server is shutting down.")
+        return desk.take(user.name, request.url.path, await _body(request, service.limits.body))
+
+    for path in ("/v1/completions", "/v1/chat/completions"):
+        app.post(
+            path,
+            summary="A completion as OpenAI has them, by vLLM's own service",
+            responses=responses("text/event-stream", 400, 401, 404, 413, 429, 503),
+            openapi_extra={"requestBody": {"required": True, "content": {"application/json": {}}}},
+        )(complete)
 
 
 def _content(name: str) -> dict[str, Any]:

@@ -6,13 +6,13 @@ import threading
 import time
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
+from typing import Protocol
 
 from ..errors import NNsightError
 from ..protocol import ModelInfo
 from ._budget import Budget, BudgetError, Standing, Tier, plan
 from ._monitor import log
 from ._queue import Queue
-from ._replica import Replica
 
 DRAIN = 60.0  # seconds that running jobs have to end
 _TEND = 0.5  # seconds between two looks at which models are wanted
@@ -26,11 +26,29 @@ class ServedError(NNsightError):
     """A model that is served already."""
 
 
+class WrongEngineError(NNsightError):
+    """A block for modules of another library than those that are served."""
+
+
+class Member(Protocol):
+    """What serves a model: a `Replica`, or an `EngineReplica`."""
+
+    ready: threading.Event
+    rested: threading.Event
+    failure: str | None
+    cramped: bool
+
+    def start(self) -> None: ...
+    def rest(self) -> None: ...
+    def wake(self) -> None: ...
+    def end(self, seconds: float | None = None) -> None: ...
+
+
 @dataclass
 class _Served:
     size: int = 0  # bytes of the weights of all its replicas
     tier: Tier = "cold"
-    replicas: Sequence[Replica] = ()
+    replicas: Sequence[Member] = ()
     since: float = field(default_factory=time.time)  # of its tier
 
     def holds(self) -> bool:
@@ -48,18 +66,20 @@ class Fleet:
         budget: What they may take together; by default all of them are loaded.
         size_of: The bytes of a model's weights in all its replicas; asked for where there is a budget.
         tidy: Called at the start with the models that are loaded then.
+        engine: What computes all of them, where it is not transformers.
     """
 
     def __init__(
         self,
         models: Iterable[str],
-        make: Callable[[str], Sequence[Replica]],
+        make: Callable[[str], Sequence[Member]],
         queue: Queue,
         keep: Callable[[Sequence[str]], None] = lambda _: None,
         *,
         budget: Budget | None = None,
         size_of: Callable[[str], int] = lambda _: 0,
         tidy: Callable[[Sequence[str]], None] = lambda _: None,
+        engine: str = "",
     ) -> None:
         self._make = make
         self._queue = queue
@@ -75,6 +95,7 @@ class Fleet:
         if budget is None:
             for model in self._served:
                 self._make_replicas(model)
+        self.engine = engine
 
     def names(self) -> list[str]:
         """The models that are served."""
@@ -89,6 +110,24 @@ class Fleet:
         if model not in self._served:
             served = ", ".join(self._served) or "none"
             raise UnknownModelError(f"The model {model!r} is not served here; served are: {served}.")
+
+    def check_engine(self, model: str, engine: str) -> None:
+        """Refuse a block that was written for the modules of another library.
+
+        Raises:
+            WrongEngineError: It was.
+        """
+        if engine != self.engine:
+            raise WrongEngineError((_NOT_VLLM if engine else _VLLM).format(model=model.partition("@")[0]))
+
+    def members(self, model: str) -> Sequence[Member]:
+        """What serves a model.
+
+        Raises:
+            UnknownModelError: It is not served.
+        """
+        self.check(model)
+        return self._served[model].replicas
 
     def start(self) -> None:
         """Load all models, or as many as there is room for, those that were used last first."""
@@ -237,13 +276,14 @@ class Fleet:
                 ready=int(ready[model]),
                 failure=_failure(served.replicas, reasons=reasons),
                 tier=served.tier,
+                engine=self.engine,
             )
             for model, served in list(self._served.items())
             if model in ready
         ]
 
 
-def _end(replicas: Sequence[Replica], seconds: float) -> None:
+def _end(replicas: Sequence[Member], seconds: float) -> None:
     """End replicas, all at once."""
     threads = [threading.Thread(target=replica.end, args=(seconds,)) for replica in replicas]
     for thread in threads:
@@ -252,6 +292,15 @@ def _end(replicas: Sequence[Replica], seconds: float) -> None:
         thread.join()
 
 
-def _failure(replicas: Sequence[Replica], *, reasons: bool) -> str | None:
+def _failure(replicas: Sequence[Member], *, reasons: bool) -> str | None:
     found = next((replica.failure for replica in replicas if replica.failure is not None), None)
     return found if reasons or found is None else "not available"
+
+
+_VLLM = """\
+{model!r} is served by vLLM here, whose modules are others than those of transformers: from nnsight.modeling.vllm import VLLM; \
+VLLM({model!r}).trace(…, remote=True)."""
+
+_NOT_VLLM = """\
+{model!r} is not served by vLLM here: LanguageModel({model!r}).trace(…, remote=True), or a server that was started with \
+--engine vllm."""

@@ -42,6 +42,7 @@ class Monitor:
         self._ran = self._histogram("nnsight_job_run_seconds", "From the beginning of a job to its end.")
         self._bytes = Counter("nnsight_job_bytes", "Bytes of jobs taken in.", ["model"], registry=registry)
         self._refused = Counter("nnsight_requests_refused", "Requests refused, by code.", ["code"], registry=registry)
+        self._completions = Counter("nnsight_completions", "Completions taken in.", ["model"], registry=registry)
         self._shared = Counter("nnsight_jobs_shared", "Jobs that shared a forward.", ["model"], registry=registry)
 
     def _histogram(self, name: str, text: str) -> Histogram:
@@ -76,6 +77,9 @@ class Monitor:
     def shared(self, model: str, count: int) -> None:
         self._shared.labels(model).inc(count)
         log.info("forward shared", extra={"model": model, "jobs": count})
+
+    def completed(self, model: str, count: int) -> None:
+        self._completions.labels(model).inc(count)
 
     def refused(self, code: int, method: str, path: str, kind: str) -> None:
         self._refused.labels(str(code)).inc()

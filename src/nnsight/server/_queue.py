@@ -7,7 +7,7 @@ import uuid
 from typing import Any, NamedTuple
 
 import msgspec
-from sqlalchemy import Connection, and_, delete, func, or_, select, update
+from sqlalchemy import Connection, and_, delete, func, or_, select, tuple_, update
 
 from ..errors import NNsightError
 from ..protocol import ENDED, Event, Failure, JobState, JobSummary
@@ -252,6 +252,15 @@ class Queue:
             mine = _running(job, turn)
             db.execute(update(jobs).where(*mine).values(lease=time.time() + self._limits.lease))
             return db.execute(select(jobs.c.stop).where(*mine)).scalar() == 0
+
+    def beat_all(self, claims: list[Claim]) -> set[str]:
+        """Renew the leases of running jobs; those that their users want to end, or that others run by now."""
+        with self._store.begin() as db:
+            claimed = [(claim.id, claim.turn) for claim in claims]
+            mine = (tuple_(jobs.c.id, jobs.c.turn).in_(claimed), jobs.c.status == "running")
+            db.execute(update(jobs).where(*mine).values(lease=time.time() + self._limits.lease))
+            wanted = set(db.execute(select(jobs.c.id).where(*mine, jobs.c.stop == 0)).scalars())
+        return {claim.id for claim in claims} - wanted
 
     def note(self, job: str, number: int, event: Event, turn: int | None = None) -> None:
         """Keep something that happened while a job ran."""

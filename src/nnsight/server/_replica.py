@@ -190,7 +190,7 @@ class Replica:
                 self._queue.give_back(claim.id, claim.turn, alone=True)
                 continue
             served += 1
-            output = _Output(claim, self._queue, self._limits.output)
+            output = Output(claim, self._queue, self._limits.output)
             for event in shared.events[number]:
                 output(event)
             self._queue.finish(claim.id, answer, claim.turn)
@@ -201,7 +201,7 @@ class Replica:
         done = threading.Event()
         watch = _Watch([claim], claim.seconds, self._queue, self._runner, done)
         watch.start()
-        output = _Output(claim, self._queue, self._limits.output)
+        output = Output(claim, self._queue, self._limits.output)
         try:
             answer = self._runner.run(claim.frame, output)
         except NotBegunError:
@@ -273,7 +273,7 @@ class _Watch(threading.Thread):
                 self._runner.stop()
 
 
-class _Output:
+class Output:
     """Keeps a job's events, up to a limit."""
 
     def __init__(self, claim: Claim, queue: Queue, limit: int) -> None:

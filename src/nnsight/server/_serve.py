@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import fcntl
+import importlib.util
 import ipaddress
 import os
 import sys
@@ -19,7 +20,8 @@ from ..errors import NNsightError
 from ..sandbox import missing
 from ._app import make_app
 from ._budget import Budget
-from ._fleet import Fleet
+from ._engine import EngineReplica
+from ._fleet import DRAIN, Fleet, Member
 from ._keys import Keys
 from ._limits import Limits
 from ._monitor import Monitor, log_to_stderr
@@ -57,6 +59,7 @@ def serve(
     database: str | None = None,
     results: str | None = None,
     budget: Budget | None = None,
+    engine: str = "",
 ) -> None:
     """Serve models until the process is told to end.
 
@@ -68,7 +71,7 @@ def serve(
         no_auth_on_loopback: Let everybody on this machine in, without keys.
         trusted: Run blocks in the process that holds the model, which they can do anything with.
         data: The folder of the queue and of answers.
-        options: Options of `LanguageModel` for every model.
+        options: Options of `LanguageModel`, or of the engine, for every model.
         limits: What one user may take.
         replicas: How many processes hold each model.
         ray: The cluster that they are in: `local`, `auto`, or its address; by default they are on this machine.
@@ -77,12 +80,15 @@ def serve(
         results: The URL below which the bytes of jobs and answers are kept, as fsspec has them: `s3://bucket/folder`.
 
         budget: What the weights of all models may take together; by default all of them are loaded.
+        engine: "vllm" has vLLM compute the models, for many jobs at a time and for completions.
 
     Raises:
         ServeError: The options do not go together.
     """
     here = ray in (None, "local")  # where blocks run: the nodes of a cluster confine them, or say that they cannot
     _check(host, keys, no_auth_on_loopback=no_auth_on_loopback, trusted=trusted, confines=here)
+    if engine:
+        _check_engine(engine, replicas, options or {}, alone=ray is None and budget is None, trusted=trusted)
     limits = limits or Limits()
     folder = data or _default_folder()
     with _only_server_in(folder), ExitStack() as open_:
@@ -99,7 +105,9 @@ def serve(
         count = max(replicas, 1)
         make_runner = _runners(cluster, limits, trusted=trusted)
 
-        def make(model: str) -> list[Replica]:
+        def make(model: str) -> Sequence[Member]:
+            if engine:
+                return [_engine_replica(model, _own(model, options), queue, news, limits, trusted=trusted)]
             runners = [make_runner(model, number, _own(model, options)) for number in range(count)]
             return [Replica(model, runner, queue, news, limits) for runner in runners]
 
@@ -114,7 +122,7 @@ def serve(
             store.keep_deployed(set(names) - set(models))
 
         every = list(dict.fromkeys([*models, *store.deployed()]))
-        fleet = Fleet(every, make, queue, keep, budget=budget, size_of=size_of, tidy=tidy)
+        fleet = Fleet(every, make, queue, keep, budget=budget, size_of=size_of, tidy=tidy, engine=engine)
         service = Service(queue, fleet, Keys(keys), limits, news, monitor, trusted=trusted)
         app = make_app(service)
         app.router.lifespan_context = _lifespan(service)
@@ -134,6 +142,33 @@ def _runners(cluster: Cluster | None, limits: Limits, *, trusted: bool) -> Calla
         runner = TrustedRunner if trusted else ConfinedRunner
         return lambda model, _, options: runner(model.partition("@")[0], options, limits)
     return lambda model, number, options: RayRunner(cluster, model, number, options, limits, trusted=trusted)
+
+
+def _engine_replica(
+    model: str, options: dict[str, Any], queue: Queue, news: News, limits: Limits, *, trusted: bool
+) -> EngineReplica:
+    from ..vllm import Host
+
+    confined: dict[str, float] | None = None if trusted else {"memory": limits.memory}
+    return EngineReplica(model, Host(model.partition("@")[0], model, options, confined=confined), queue, news, limits)
+
+
+def _check_engine(engine: str, replicas: int, options: dict[str, Any], *, alone: bool, trusted: bool) -> None:
+    if engine != "vllm":
+        raise ServeError(f"There is no engine {engine!r}; there is: vllm.")
+    if importlib.util.find_spec("vllm") is None:
+        raise ServeError('--engine vllm needs vLLM: pip install "nnsight[vllm]" (see docs/vllm.md).')
+    if replicas != 1:
+        raise ServeError("--replicas is for models in processes of ours: an engine spreads by --tensor-parallel-size.")
+    if not alone:
+        raise ServeError(
+            "--ray and --memory-budget are for models in processes of ours: an engine is a cluster of its own."
+        )
+    if not trusted and options.get("tensor_parallel_size", 1) != 1:
+        raise ServeError(
+            "Other people's blocks are confined beside one worker: --tensor-parallel-size needs --trusted."
+        )
+    os.environ["VLLM_WORKER_MULTIPROC_METHOD"] = "spawn"  # a fork would have the sockets and locks of the server
 
 
 def _check(host: str, keys: Path | None, *, no_auth_on_loopback: bool, trusted: bool, confines: bool) -> None:
@@ -214,4 +249,6 @@ class _Server(uvicorn.Server):
 
     async def shutdown(self, sockets: Any = None) -> None:
         self._app.state.service.draining = True
+        if hasattr(self._app.state, "desk"):
+            await self._app.state.desk.wait(DRAIN)
         await super().shutdown(sockets)

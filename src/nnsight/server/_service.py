@@ -30,7 +30,7 @@ class Service:
         self.monitor = monitor
         self.trusted = trusted
         self.draining = False
-        self._started = time.time()
+        self.started = time.time()
         monitor.watch("nnsight_jobs_waiting", "Jobs that wait.", self._counts("queued"))
         monitor.watch("nnsight_jobs_running", "Jobs that run.", self._counts("running"))
         monitor.watch("nnsight_replicas_ready", "Replicas that take jobs.", fleet.ready)
@@ -41,16 +41,17 @@ class Service:
     def info(self, user: User | None) -> ServerInfo:
         """What is served; administrators see why something is not."""
         models = self.fleet.info(reasons=user is not None and user.admin)
-        return ServerInfo(versions(), models, self.trusted, self.limits.public(), self._started)
+        return ServerInfo(versions(), models, self.trusted, self.limits.public(), self.started)
 
     def submit(self, user: User, idempotency: str, body: bytes) -> JobState:
         """Take a job in."""
         job, _ = read_job(body)
         model = job.model if job.revision is None else f"{job.model}@{job.revision}"
         self.fleet.check(model)
+        self.fleet.check_engine(model, job.engine)
         if not 0 < job.timeout < float("inf"):
             raise ProtocolError("the timeout of a job is a positive number of seconds")
-        how = {"priority": user.priority, "shares": can_share(job, len(body))}
+        how = {"priority": user.priority, "shares": bool(self.fleet.engine) or can_share(job, len(body))}
         found = self.queue.submit(user.name, idempotency, model, body, job.timeout, **how)
         return self.queue.state(user.name, found, 0)
 

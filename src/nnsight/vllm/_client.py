@@ -70,11 +70,12 @@ class Client:
 
 
 class Running:
-    """An engine from its start to its end; `death` says why it can do nothing more."""
+    """An engine from its start to its end; `death` says why it can do nothing more, `how` that in a few words."""
 
     def __init__(self, name: str, options: Mapping[str, Any]) -> None:
         self.pid = os.getpid()
         self.death: str | None = None
+        self.how: str | None = None
         self._tasks: set[asyncio.Task[Any]] = set()
         self._loop = asyncio.new_event_loop()
         self._thread = threading.Thread(target=self._loop.run_forever, name="nnsight-vllm", daemon=True)
@@ -137,7 +138,7 @@ class Running:
             except asyncio.CancelledError:
                 if self.death is None:
                     raise
-        self._die(_DEAD.format(how="it reported an error, which its log has"))
+        self._end_by("it reported an error, which its log has")
 
     async def tell(self, method: str, *args: Any) -> Reply:
         """Call a method of the worker extension that answers with a reply."""
@@ -176,7 +177,19 @@ class Running:
         """How many tokens one step takes."""
         return self.llm.vllm_config.scheduler_config.max_num_batched_tokens
 
+    @property
+    def most_requests(self) -> int:
+        """How many requests are computed at a time."""
+        return self.llm.vllm_config.scheduler_config.max_num_seqs
+
     # --- the end -------------------------------------------------------------------------------------------------
+
+    def kill(self) -> None:
+        """End the processes of the engine at once, with its workers, whatever they do."""
+        from vllm.utils.system_utils import kill_process_tree  # pyright: ignore[reportMissingImports]
+
+        for process in self.llm.engine_core.resources.engine_manager.processes:
+            kill_process_tree(process.pid)
 
     def _watch(self, processes: list[Any]) -> None:
         connection.wait([process.sentinel for process in processes])
@@ -184,11 +197,14 @@ class Running:
         while not (codes := _codes(processes)) and time.monotonic() < deadline:
             time.sleep(0.01)  # another thread waits for the process too
         if not self._loop.is_closed():
-            self._loop.call_soon_threadsafe(self._die, _DEAD.format(how=_how(codes)))
+            self._loop.call_soon_threadsafe(self._end_by, _how(codes))
 
-    def _die(self, death: str) -> None:
+    def _end_by(self, how: str) -> None:
+        self._die(_DEAD.format(how=how), how)
+
+    def _die(self, death: str, how: str) -> None:
         if self.death is None:
-            self.death = death
+            self.death, self.how = death, how
             for task in self._tasks:
                 task.cancel()
 
@@ -206,7 +222,7 @@ class Running:
         self.llm = None
 
     async def _end(self) -> None:
-        self._die(_CLOSED)
+        self._die(_CLOSED, "it was closed")
         others = [task for task in asyncio.all_tasks() if task is not asyncio.current_task()]
         if self._tasks:
             await asyncio.wait([*self._tasks], timeout=_LAST_WORDS)

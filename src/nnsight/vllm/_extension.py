@@ -8,6 +8,7 @@ from ._confined import ConfinedJob, runners_for
 from ._engine import Engine
 from ._jobs import Job
 from ._messages import Reply, encode
+from ._parent import end_with_parent
 from ._runners import Limits
 from ._served import ServedModel
 
@@ -54,6 +55,7 @@ class WorkerExtension:
     def _nnsight_parts(self) -> tuple[Engine, ServedModel, dict[str, Job | ConfinedJob]]:
         found = vars(self).get("_nnsight")
         if found is None:
+            end_with_parent()
             engine = Engine(self.model_runner)  # pyright: ignore[reportAttributeAccessIssue]
             served = ServedModel(engine, self._nnsight_tokenizer)
             found = self._nnsight = (engine, served, {})

@@ -52,6 +52,7 @@ class EngineJob:
         self._show = show
         self._place = place
         self._streams = streams
+        self._begin = (self.id, frame, True) if confined else (self.id, frame)
         self._count = 0
         self._pieces: list[Piece] = []
         self._news = asyncio.Event()

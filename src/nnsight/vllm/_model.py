@@ -7,7 +7,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from ..errors import EngineError, InputError
-from ..modeling import LanguageModel
+from ..modeling import LanguageModel, open_elsewhere
 from ..remote import Order
 from ._client import RUNNER, Client
 from ._requests import prompt_of, sampling_of
@@ -17,6 +17,7 @@ from ._sent import EngineTracer
 _EXTENSION = "nnsight.vllm._extension.WorkerExtension"
 _SCHEDULER = "nnsight.vllm._scheduler.LaneScheduler"
 _OURS = ("worker_extension_cls", "scheduler_cls")
+_BOTH = ("revision", "trust_remote_code")  # what is asked of the hub here too
 VERSIONS = ((0, 32), (0, 33))  # of vLLM: from, and before
 
 
@@ -51,6 +52,8 @@ class VLLM(LanguageModel):
         EngineError: vLLM is missing, or of a version that is not known.
     """
 
+    _engine = "vllm"
+
     def __init__(
         self, model: str, *, dispatch: bool = False, confined: bool | Mapping[str, float] = False, **options: Any
     ) -> None:
@@ -61,9 +64,10 @@ class VLLM(LanguageModel):
             )
         self._limits = limits_of(confined) if confined else None
         self._confined: Any = None  # the running engine that is ready for it
-        super().__init__(model)
+        super().__init__(model, **{name: options[name] for name in _BOTH if name in options})
         extra = {"worker_extension_cls": _EXTENSION, "scheduler_cls": _SCHEDULER, "enforce_eager": True}
-        self._client = Client(self._source.name, {**extra, **options})  # pyright: ignore[reportOptionalMemberAccess]
+        assert self._source is not None
+        self._client = Client(str(self._source.location), {**extra, **options})
         if dispatch:
             self.dispatch()
 
@@ -82,7 +86,13 @@ class VLLM(LanguageModel):
         self._client.close()
 
     def trace(
-        self, *inputs: Any, trace: bool = True, blocking: bool = True, strict_order: bool = False, **kwargs: Any
+        self,
+        *inputs: Any,
+        trace: bool = True,
+        blocking: bool = True,
+        strict_order: bool = False,
+        remote: bool = False,
+        **kwargs: Any,
     ) -> Any:
         """Run prompts in the engine, with a block for each.
 
@@ -92,6 +102,8 @@ class VLLM(LanguageModel):
             blocking: False makes the tracer of a `with` a handle of what was sent: `await tracer` gives the saved values by
                 name, `async for piece in tracer.stream()` the tokens as they come, `tracer.cancel()` ends it.
             strict_order: As for `LanguageModel`; nothing is computed a second time here.
+            remote: True sends the block to `nnsight serve MODEL --engine vllm`, as `LanguageModel` sends its own; no engine is
+                started here. `timeout=` says how many seconds the job may take.
             **kwargs: Sampling parameters of vLLM: `temperature`, `max_tokens`, `top_p`, `seed`, …; by default greedy
                 and one token, as a trace elsewhere.
 
@@ -102,6 +114,11 @@ class VLLM(LanguageModel):
             InputError: The prompt or a sampling parameter cannot be had.
             EngineError: The engine has died; `dispatch()` starts it again.
         """
+        if "backend" in kwargs:
+            raise InputError("backend= is for LanguageModel: use remote=True, and the address of a server.")
+        if remote:
+            kwargs |= {"trace": trace, "blocking": blocking}
+            return self._send("trace", inputs, kwargs, strict_order=strict_order)
         _check_version()
         self._client.running()
         if not trace:
@@ -112,6 +129,15 @@ class VLLM(LanguageModel):
     def generate(self, *inputs: Any, **kwargs: Any) -> Any:
         """As `trace`, of as many tokens as vLLM gives by default."""
         return self.trace(*inputs, **{"max_tokens": 16, **kwargs})
+
+    def session(self, *, remote: bool = False, **options: Any) -> Any:
+        """Traces that belong together; with `remote=True` the whole block runs on the server, as one job."""
+        return self._send("session", (), options, strict_order=False) if remote else super().session(**options)
+
+    def _send(self, method: str, inputs: tuple[Any, ...], kwargs: dict[str, Any], *, strict_order: bool) -> Any:
+        if "solo" in kwargs:
+            raise InputError("solo= is for LanguageModel: an engine always computes its requests together.")
+        return open_elsewhere(self, method, inputs, {"remote": True, **kwargs}, strict_order)
 
     def _run_plainly(self, inputs: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         if len(inputs) != 1:

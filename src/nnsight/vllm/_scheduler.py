@@ -7,6 +7,7 @@ from typing import Any
 from vllm.v1.core.sched.async_scheduler import AsyncScheduler  # pyright: ignore[reportMissingImports]
 
 from ._messages import EXTRA
+from ._parent import end_with_parent
 
 
 class LaneScheduler(AsyncScheduler):
@@ -15,6 +16,10 @@ class LaneScheduler(AsyncScheduler):
     A request with a block cannot be computed again from its start, since its block has run: so it is let in only where the
     memory holds it to its end beside the others with blocks, and where memory runs out the requests without one make room.
     """
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        end_with_parent()  # here, because the engine's process runs nothing else of ours
 
     def schedule(self, *args: Any, **kwargs: Any) -> Any:
         """As vLLM's own, with those hidden that would be cut or taken back, and whoever comes after them."""

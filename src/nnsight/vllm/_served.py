@@ -10,7 +10,7 @@ from torch.nn import Module
 
 from .._core import OUTPUT
 from ..errors import EditError, NamesError
-from ..modeling import NNsight, show_block_output, take_block_output
+from ..modeling import NNsight, open_elsewhere, show_block_output, take_block_output
 from ..trace import Given
 from ._compiled import compile_edits
 from ._engine import SAMPLES, Engine
@@ -239,6 +239,7 @@ class ServedModel(NNsight):
 
     def trace(self, *inputs: Any, strict_order: bool = False, **kwargs: Any) -> Any:
         """A trace whose inputs are requests of the engine."""
+        open_elsewhere(self, "trace", inputs, kwargs)  # takes out what has brought it here
         given = Given(inputs, {}) if inputs else None
         spec = compile_edits(self._edits, self._place_of, self._width)
         return LaneTracer(self._tree, given, kwargs, self._edits, strict_order, spec)
