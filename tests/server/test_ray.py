@@ -356,8 +356,13 @@ os._exit(0)
 
 @pytest.mark.usefixtures("worker")
 def test_an_actor_that_no_server_asks_for_ends_by_itself(nodes):
+    before = set(processes(_is_worker))  # of other tests' servers
     subprocess.run([sys.executable, "-c", ABANDON, nodes.address], check=True, timeout=100)
     assert nodes.groups() == ["nnsight-abandoned-nnsight/landmarks#0"]
     assert len(actors()) == 1
     wait_until(lambda: not actors() and not nodes.groups(), 60)
-    wait_until(lambda: not processes(lambda line: "nnsight.server._worker" in line), 20)
+    wait_until(lambda: set(processes(_is_worker)) <= before, 20)
+
+
+def _is_worker(line):
+    return "nnsight.server._worker" in line

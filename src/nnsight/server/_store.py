@@ -94,9 +94,13 @@ class Store:
         self._files = open_files(results, folder / "jobs")
         self.engine: Engine = open_database(database or f"sqlite:///{folder / 'queue.sqlite'}")
         self.shared = self.engine.dialect.name != "sqlite"
-        make_tables(self.engine, metadata)
-        if self.shared:
-            self._agree_on_files()
+        try:
+            make_tables(self.engine, metadata)
+            if self.shared:
+                self._agree_on_files()
+        except BaseException:
+            self.engine.dispose()
+            raise
 
     @contextmanager
     def begin(self) -> Iterator[Connection]:
