@@ -185,6 +185,14 @@ def test_two_servers_with_one_database_and_one_bucket(start_server, database, s3
     runs, tells = start_server(NAME, *options), start_server(*options)
     monkeypatch.setattr(CONFIG.API, "HOST", runs.host)
     runs.wait_for(NAME)
+    cut = (
+        "SELECT count(pg_terminate_backend(pid)) FROM pg_stat_activity WHERE pid <> pg_backend_pid() AND usename = user"
+    )
+    engine = create_engine(database)
+    with engine.connect() as db:
+        assert db.execute(text(cut)).scalar() > 2
+    engine.dispose()
+    time.sleep(4)  # they hear of each other again; a job that was cut would wait for its lease to end
     model = LanguageModel(NAME)
     with model.trace("Hello", remote=True, blocking=False, timeout=200) as job:
         import time as clock
@@ -194,13 +202,6 @@ def test_two_servers_with_one_database_and_one_bucket(start_server, database, s3
         mine = [7].save()
     while job.status != "running":
         time.sleep(0.02)
-    cut = (
-        "SELECT count(pg_terminate_backend(pid)) FROM pg_stat_activity WHERE pid <> pg_backend_pid() AND usename = user"
-    )
-    engine = create_engine(database)
-    with engine.connect() as db:
-        assert db.execute(text(cut)).scalar() > 2
-    engine.dispose()
     place = f"{tells.host}/v1/jobs/{job.id}"
     state, begun = {"status": "running"}, time.monotonic()
     while state["status"] == "running":
