@@ -6,9 +6,7 @@ from ._ask import compare as compare
 from ._ask import is_model_running as is_model_running
 from ._ask import status as status
 from ._ask import whoami as whoami
-from ._check import check_saved as check_saved
 from ._code import register as register
-from ._job import JobWriter as JobWriter
 from ._job import Order as Order
 from ._manage import cancel_job as cancel_job
 from ._manage import deploy as deploy
@@ -18,3 +16,4 @@ from ._manage import list_jobs as list_jobs
 from ._manage import state_of as state_of
 from ._open import open_remote as open_remote
 from ._tracer import RemoteTracer as RemoteTracer
+from ._tracer import show_failure as show_failure

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Generator
-from types import TracebackType
+from types import FrameType, TracebackType
 from typing import Any
 
 from .._capture import Block, Scope, bind, capture, forget_skip, is_skip, skip_body
@@ -13,7 +13,7 @@ from ..errors import CaptureError, NotTracingError
 from ._apply import bind_names, read_answer, saved_only
 from ._check import check_saved
 from ._handle import RemoteJob
-from ._job import JobWriter, Order
+from ._job import JobWriter, Order, Written
 from ._transport import Connection
 
 
@@ -31,6 +31,8 @@ class RemoteTracer:
         'done'
     """
 
+    _kind = "a remote trace"  # in messages
+
     def __init__(self, connection: Connection, order: Order, *, blocking: bool) -> None:
         self._connection = connection
         self._order = order
@@ -40,43 +42,62 @@ class RemoteTracer:
         self._job: RemoteJob | None = None
 
     def __enter__(self) -> RemoteTracer:
-        if self._job is not None or self._block is not None:
-            raise NotTracingError("A tracer can be entered once: call model.trace(...) again.")
         frame = sys._getframe(1)
-        self._block = capture(frame)
-        self._scope = Scope(frame)
+        self._take(frame)
         skip_body(frame)
         return self
+
+    def _take(self, frame: FrameType, *, waits: bool = False) -> None:
+        """Take the block from the frame that it stands in; it `waits` in an `async with`."""
+        if self._job is not None or self._block is not None:
+            raise NotTracingError("A tracer can be entered once: call model.trace(...) again.")
+        self._block = capture(frame, waits=waits)
+        self._scope = Scope(frame)
 
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
     ) -> bool:
-        if not is_skip(kind):
-            if error is None:
-                raise CaptureError("The body of a remote trace was run where it stands, not sent.")
+        if not self._is_skipped(kind, error):
             return False
         del error, traceback
-        block, scope = self._block, self._scope
-        assert block is not None
-        assert scope is not None
         try:
-            self._send(block, scope)
+            self._send(*self._taken())
         except BaseException as failure:
-            forget_skip(failure)
-            failure.__traceback__ = trim(failure.__traceback__)
+            show_failure(failure)
             raise
         finally:
-            scope.close()
-            self._scope = None
+            self._let_go()
         return True
 
-    def _send(self, block: Block, scope: Scope) -> None:
+    def _is_skipped(self, kind: type[BaseException] | None, error: BaseException | None) -> bool:
+        """Whether the body was skipped; if not, something else has gone wrong, or nothing was sent."""
+        if is_skip(kind):
+            return True
+        if error is None:
+            raise CaptureError(f"The body of {self._kind} was run where it stands, not sent.")
+        return False
+
+    def _taken(self) -> tuple[Block, Scope]:
+        assert self._block is not None
+        assert self._scope is not None
+        return self._block, self._scope
+
+    def _let_go(self) -> None:
+        if self._scope is not None:
+            self._scope.close()
+            self._scope = None
+
+    def _write(self, block: Block, scope: Scope) -> Written:
+        """The job to send."""
         if self._blocking:
             check_saved(block)
         if block.target is not None:
             bind(block.only_target(), scope)(self)
             scope.write_back(block.target_names())
-        written = JobWriter(self._order).write(block, scope)
+        return JobWriter(self._order).write(block, scope)
+
+    def _send(self, block: Block, scope: Scope) -> None:
+        written = self._write(block, scope)
         timeout = self._order.timeout
         job = RemoteJob(
             self._connection, written.frame, timeout, lambda frame: read_answer(frame, written), waits=self._blocking
@@ -128,3 +149,9 @@ class RemoteTracer:
 
     def __repr__(self) -> str:
         return repr(self._job) if self._job is not None else "<RemoteTracer, not sent>"
+
+
+def show_failure(failure: BaseException) -> None:
+    """Let an error be seen as the user's own code has met it."""
+    forget_skip(failure)
+    failure.__traceback__ = trim(failure.__traceback__)

@@ -10,10 +10,9 @@ from functools import partial
 from types import FrameType, TracebackType
 from typing import TYPE_CHECKING, Any
 
-from .._capture import Block, Scope, bind, capture, forget_skip, is_skip, skip_body
-from .._core import trim
-from ..errors import CaptureError, NotTracingError
-from ..remote import JobWriter, Order, RemoteTracer, bind_names, check_saved, read_answer
+from .._capture import Block, Scope, skip_body
+from ..errors import CaptureError
+from ..remote import Order, RemoteTracer, bind_names, read_answer, show_failure
 from ._handle import EngineJob, Piece
 
 if TYPE_CHECKING:
@@ -36,6 +35,8 @@ class EngineTracer(RemoteTracer):
         ...         print(piece.text, end="")
         ...     return (await tracer)["stream"]
     """
+
+    _kind = "a trace in an engine"
 
     def __init__(self, model: VLLM, order: Order, *, blocking: bool) -> None:
         super().__init__(None, order, blocking=blocking)  # pyright: ignore[reportArgumentType]
@@ -70,12 +71,7 @@ class EngineTracer(RemoteTracer):
         bind_names(job.result(), block, scope)
 
     def _begin(self, block: Block, scope: Scope, show: Callable[[str], None]) -> EngineJob:
-        if self._blocking:
-            check_saved(block)
-        if block.target is not None:
-            bind(block.only_target(), scope)(self)
-            scope.write_back(block.target_names())
-        written = JobWriter(self._order).write(block, scope)
+        written = self._write(block, scope)
         job = EngineJob(
             self._model._client.running(),
             written.frame,
@@ -92,37 +88,28 @@ class EngineTracer(RemoteTracer):
     # --- waiting in an event loop --------------------------------------------------------------------------------
 
     def __aenter__(self) -> _Entering:
-        if self._job is not None or self._block is not None:
-            raise NotTracingError("A tracer can be entered once: call model.trace(...) again.")
         if not self._blocking:
             raise CaptureError(
                 "`async with` waits for the end: with blocking=False, write `with` and await the tracer."
             )
         frame = sys._getframe(1)
-        self._block = capture(frame, waits=True)
-        self._scope = Scope(frame)
+        self._take(frame, waits=True)
         return _Entering(self, frame)
 
     async def __aexit__(
         self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
     ) -> bool:
-        if not is_skip(kind):
-            if error is None:
-                raise CaptureError("The body of a trace in an engine was run where it stands, not sent.")
+        if not self._is_skipped(kind, error):
             return False
         del error, traceback
-        block, scope = self._block, self._scope
-        assert block is not None
-        assert scope is not None
+        block, scope = self._taken()
         try:
             bind_names(await self._begin(block, scope, _print), block, scope)
         except BaseException as failure:
-            forget_skip(failure)
-            failure.__traceback__ = trim(failure.__traceback__)
+            show_failure(failure)
             raise
         finally:
-            scope.close()
-            self._scope = None
+            self._let_go()
         return True
 
 
