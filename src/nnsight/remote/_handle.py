@@ -125,22 +125,24 @@ class RemoteJob:
 
     async def _watch(self, frame: bytes) -> bytes:
         headers = {"Idempotency-Key": uuid.uuid4().hex, "Content-Type": "application/octet-stream"}
-        where = f"/v1/jobs?wait={_FIRST_WAIT}" if self._events is not None else "/v1/jobs"
-        state = self._note(await self._connection.request("POST", where, content=frame, headers=headers))
+        where = f"/v1/jobs?answer=1&wait={_FIRST_WAIT if self._events is not None else 0}"
+        state, answer = self._note(await self._connection.request("POST", where, content=frame, headers=headers))
         if self._to_end:
             await self._connection.request("DELETE", f"/v1/jobs/{state.id}")
         while state.status not in ENDED:
-            where = f"/v1/jobs/{state.id}?after={state.next_event}&known={state.status}&wait={_POLL}"
-            state = self._note(await self._connection.request("GET", where, patient=True))
+            where = f"/v1/jobs/{state.id}?after={state.next_event}&known={state.status}&wait={_POLL}&answer=1"
+            state, answer = self._note(await self._connection.request("GET", where, patient=True))
         if state.status == "cancelled":
             raise JobCancelledError(f"The job {state.id} was cancelled.")
         if state.status == "failed" and state.error is not None:
             raise ServerError(state.error.text)
-        return await self._connection.request("GET", f"/v1/jobs/{state.id}/result", patient=True)
+        return answer or await self._connection.request("GET", f"/v1/jobs/{state.id}/result", patient=True)
 
-    def _note(self, body: bytes) -> JobState:
+    def _note(self, body: bytes) -> tuple[JobState, bytes]:
+        """Take in what the server says of the job: its state, and behind a line feed the answer of one that is done."""
+        told, _, answer = body.partition(b"\n")
         try:
-            state = _state.decode(body)
+            state = _state.decode(told)
         except msgspec.MsgspecError as error:
             raise ServerError(f"The server's answer cannot be read: {error}") from error
         self._state = state
@@ -150,7 +152,7 @@ class RemoteJob:
                 self._events.put(event)
             else:
                 _show(event)
-        return state
+        return state, answer
 
 
 def _show(event: Event) -> None:

@@ -20,9 +20,10 @@ from ._pipe import STOPPED as STOPPED
 from ._pipe import WARM as WARM
 from ._pipe import Pipe as Pipe
 from ._rebuild import Files as Files
+from ._rehearsal import rehearse as rehearse
+from ._rehearsal import warm as warm
 from ._together import can_share as can_share
 from ._together import execute_together as execute_together
 from ._zygote import Zygote as Zygote
 from ._zygote import environment as environment
 from ._zygote import give_up as give_up
-from ._zygote import warm as warm

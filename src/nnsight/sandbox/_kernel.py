@@ -89,6 +89,11 @@ def filter_calls(program: bytes) -> None:
     _check(_libc.prctl(_SET_SECCOMP, _FILTER, ctypes.byref(held), 0, 0), "seccomp")
 
 
+def advise(start: int, size: int, advice: int) -> bool:
+    """Tell the kernel what a range of memory is for; whether it does what was asked."""
+    return _libc.madvise(ctypes.c_void_p(start), ctypes.c_size_t(size), advice) == 0
+
+
 def _prctl(option: int, value: int, what: str) -> None:
     _check(_libc.prctl(option, value, 0, 0, 0), what)
 

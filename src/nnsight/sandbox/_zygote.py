@@ -16,15 +16,14 @@ import threading
 import traceback
 from collections.abc import Callable
 from contextlib import suppress
-from typing import Any
 
 import msgspec
-import torch
 
 from ..modeling import NNsight
 from ..protocol import Event
 from ._execute import execute
 from ._jail import Allowance, confine
+from ._pages import Range, copy_pages, enlarge_pages, pages_written_by
 from ._pipe import ANSWER, BEGUN, EVENT, FORK, JOB, JOBS, KILL, PROBLEM, READY, Pipe
 from ._together import execute_together
 
@@ -40,20 +39,30 @@ class Zygote:
         control: The server's end says when.
         model: What the jobs run on; each has a copy of it, which takes memory only where it is changed.
         run: What a forked process does with its descriptor; by default it runs one job.
+        rehearse: Does what a job does, so that the memory which that takes is known and can be had ready.
     """
 
     def __init__(
-        self, control: socket.socket, model: NNsight, run: Callable[[int, NNsight, Allowance], None] | None = None
+        self,
+        control: socket.socket,
+        model: NNsight,
+        run: Callable[[int, NNsight, Allowance], None] | None = None,
+        rehearse: Callable[[], object] | None = None,
     ) -> None:
         self._control = control
         self._model = model
         self._run = run or run_confined
+        self._rehearse = rehearse
+        self._pages: list[Range] = []
         self._children: set[int] = set()
 
     def serve(self) -> None:
         """Fork and end processes until the server is gone."""
         gc.collect()
         gc.freeze()
+        enlarge_pages()
+        if self._rehearse is not None:
+            self._pages = pages_written_by(self._rehearse)
         while True:
             command, descriptors = _receive_command(self._control)
             kind, numbers = command[:1], [int(number) for number in command[1:].split()]
@@ -76,6 +85,7 @@ class Zygote:
             return child
         try:
             self._control.close()
+            copy_pages(self._pages)
             self._run(descriptor, self._model, allowance)
         finally:
             os._exit(1)
@@ -143,15 +153,3 @@ def environment() -> dict[str, str]:
     """What a zygote is told of this process's environment, without its tokens and keys."""
     told = {name: value for name, value in os.environ.items() if name in _NAMES or name.startswith(_PREFIXES)}
     return told | {"HF_HUB_DISABLE_PROGRESS_BARS": "1"}  # a bar starts a thread, which a fork would leave behind
-
-
-def warm(model: Any) -> None:
-    """Load what first uses load lazily, so that no job has to."""
-    ids = torch.tensor([[1, 2]])
-    with model.trace(ids):
-        loss = model.output.logits.sum()
-        with loss.backward():
-            pass
-    with model.generate(ids, max_new_tokens=2, do_sample=True) as tracer:
-        _ = tracer.result
-    model._model.zero_grad(set_to_none=True)

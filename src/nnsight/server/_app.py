@@ -118,11 +118,12 @@ def _add_jobs(app: FastAPI, service: Service) -> None:
         status_code=202,
         summary="Send a job",
         description="The body is a frame of the protocol; the same Idempotency-Key is the same job. The answer comes at "
-        "once, or with `wait` when the job has ended or so many seconds have passed.",
+        "once, or with `wait` when the job has ended or so many seconds have passed. With `answer`, what a job that is "
+        "done has left follows its state, behind a line feed.",
         responses=responses("JobState", 400, 401, 404, 413, 429, 503, code=202),
         openapi_extra={"requestBody": {"required": True, "content": {"application/octet-stream": {}}}},
     )
-    async def submit(request: Request, wait: float = 0.0) -> Response:
+    async def submit(request: Request, wait: float = 0.0, answer: bool = False) -> Response:
         user = await _user(service, request)
         if service.draining:
             raise ClosingError("The server is shutting down.")
@@ -130,10 +131,9 @@ def _add_jobs(app: FastAPI, service: Service) -> None:
         key = request.headers.get("Idempotency-Key", "")
         if not 8 <= len(key) <= 200:
             raise ProtocolError("a job needs an Idempotency-Key of 8 to 200 characters")
-        state = await run_in_threadpool(service.submit, user, key, body)
-        if wait > 0 and state.status not in ENDED:
-            state = await _end_of(service, user.name, state.id, min(wait, _LONGEST_WAIT))
-        return _json(state, 202)
+        job = await run_in_threadpool(service.submit, user, key, body)
+        state = await _end_of(service, user.name, job, min(wait, _LONGEST_WAIT))
+        return await _told(service, state, 202, answer=answer)
 
     @app.get("/v1/jobs", summary="Your jobs", responses=responses("JobList", 401))
     async def jobs(request: Request) -> Response:
@@ -142,12 +142,16 @@ def _add_jobs(app: FastAPI, service: Service) -> None:
     @app.get(
         "/v1/jobs/{job}",
         summary="Where a job of yours stands",
-        description="With `wait` seconds, the answer comes when the status is no longer `known`, or there are events.",
+        description="With `wait` seconds, the state comes when the status is no longer `known`, or there are events. With "
+        "`answer`, what a job that is done has left follows its state, behind a line feed.",
         responses=responses("JobState", 401, 404),
     )
-    async def state(request: Request, job: str, after: int = 0, wait: float = 0.0, known: str = "") -> Response:
+    async def state(
+        request: Request, job: str, after: int = 0, wait: float = 0.0, known: str = "", answer: bool = False
+    ) -> Response:
         user = await _user(service, request)
-        return _json(await _next_state(service, user.name, job, after, known, min(wait, _LONGEST_WAIT)))
+        found = await _next_state(service, user.name, job, after, known, min(wait, _LONGEST_WAIT))
+        return await _told(service, found, 200, answer=answer)
 
     @app.get(
         "/v1/jobs/{job}/result",
@@ -228,16 +232,28 @@ def _order(body: bytes) -> ModelOrder:
         raise ProtocolError(f"the body does not name a model: {error}") from error
 
 
+async def _told(service: Service, state: JobState, code: int, *, answer: bool) -> Response:
+    """A state, with the `answer` of a job that is done behind it where that was asked for."""
+    if not answer or state.status != "done":
+        return _json(state, code)
+    left = await run_in_threadpool(service.queue.kept, state.id)
+    return Response(msgspec.json.encode(state) + b"\n" + left, code, media_type="application/octet-stream")
+
+
 async def _end_of(service: Service, owner: str, job: str, wait: float) -> JobState:
     """The state of a job when it has ended, or as it is after `wait` seconds."""
     deadline = asyncio.get_running_loop().time() + wait
     while True:
-        left = deadline - asyncio.get_running_loop().time()
-        state = await _next_state(service, owner, job, 2**31, "queued", left)
-        if state.status in ENDED or left <= 0:
-            return await run_in_threadpool(service.queue.state, owner, job, 0)
-        if state.status == "running":
-            state = await _next_state(service, owner, job, 2**31, "running", left)
+        changed = service.news.expect(job, end=True)
+        try:
+            state = await run_in_threadpool(service.queue.state, owner, job, 0)
+            left = deadline - asyncio.get_running_loop().time()
+            if state.status in ENDED or left <= 0:
+                return state
+            with suppress(asyncio.TimeoutError):
+                await asyncio.wait_for(changed.wait(), left)
+        finally:
+            service.news.forget(job, changed)
 
 
 async def _next_state(service: Service, owner: str, job: str, after: int, known: str, wait: float) -> JobState:

@@ -70,7 +70,7 @@ def _begin(connection: Connection) -> None:
 
 
 def make_tables(engine: Engine, metadata: Any) -> None:
-    """Make the tables that are not there, and the columns that an older server's tables lack.
+    """Make the tables that are not there, and the columns and indexes that an older server's tables lack.
 
     Several servers may start at once on one database.
     """
@@ -86,6 +86,8 @@ def make_tables(engine: Engine, metadata: Any) -> None:
                     db.execute(
                         text(f"ALTER TABLE {table.name} ADD COLUMN {column.name} {kind} DEFAULT {_default(column)}")
                     )
+            for index in table.indexes:
+                index.create(db, checkfirst=True)
 
 
 def _default(column: Any) -> str:

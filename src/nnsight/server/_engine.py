@@ -161,10 +161,10 @@ class EngineReplica:
             self._wait_until(lambda: not self._jobs)
 
     def _next(self) -> Claim | None:
-        with self._news.work:
-            claim = self._queue.claim(self.model)
-            if claim is None and not self._ending.is_set():
-                self._news.work.wait(_CHECK)
+        calls = self._news.calls()
+        claim = self._queue.claim(self.model)
+        if claim is None and not self._ending.is_set():
+            self._news.wait_for_work(calls, _CHECK)
         if claim is not None and (self._ending.is_set() or self.host.death is not None):
             self._queue.give_back(claim.id, claim.turn)
             return None

@@ -9,6 +9,7 @@ import socket
 import subprocess
 import sys
 import threading
+from collections import deque
 from collections.abc import Callable
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import suppress
@@ -38,6 +39,7 @@ from ._replica import DiedError, Emit, NotBegunError
 
 _GRACE = 1.0  # seconds that a block has to end when it is interrupted
 _LARGEST_EVENT = 4 * 2**20
+_READY_RUNNERS = 2  # processes that wait for jobs: one can run while another is made
 _CONTROL = 120.0  # seconds that a zygote may take to fork
 _event = msgspec.json.Decoder(Event)
 _packed = msgspec.msgpack.Encoder()
@@ -198,7 +200,7 @@ class _Forked(NamedTuple):
 class ConfinedRunner(ModelProcess):
     """Has a zygote fork a confined process for each job, or for some of one user's, and talks with that one alone.
 
-    The next one is forked while there is nothing else to do, so that a job need not wait for it.
+    The next ones are forked meanwhile, so that a job need not wait for them.
     """
 
     mixes_owners = False
@@ -208,23 +210,24 @@ class ConfinedRunner(ModelProcess):
         self._control = threading.Lock()
         self._current: _Forked | None = None
         self._helper = ThreadPoolExecutor(1, thread_name_prefix="runners")
-        self._next: Future[_Forked] | None = None
+        self._waiting: deque[Future[_Forked]] = deque()
 
     def start(self) -> None:
         super().start()
-        if self._next is None or (self._next.done() and self._next.exception() is not None):
-            self._next = self._helper.submit(self._fork)
+        failed = [each for each in self._waiting if each.done() and each.exception() is not None]
+        for each in failed:
+            self._waiting.remove(each)
+        while len(self._waiting) < _READY_RUNNERS:
+            self._waiting.append(self._helper.submit(self._fork))
 
     def run(self, frame: bytes, emit: Emit, kind: bytes = JOB) -> bytes:
-        assert self._next is not None
-        following, self._next = self._next, None
-        forked = self._current = following.result()
+        forked = self._current = self._waiting.popleft().result()
         try:
             return self._talk(Pipe(forked.end, self._limits.answer), frame, emit, kind)
         finally:
             self._current = None
-            self._next = self._helper.submit(self._fork)
             self._helper.submit(self._end, forked)
+            self._waiting.append(self._helper.submit(self._fork))
 
     def run_together(self, frames: list[bytes]) -> Shared:
         return share(self.run, frames)
@@ -235,10 +238,11 @@ class ConfinedRunner(ModelProcess):
             self._kill_child(forked.child)
 
     def close(self) -> None:
-        following, self._next = self._next, None
+        waiting, self._waiting = self._waiting, deque()
         super().close()  # those that it has forked die with it
-        if following is not None and not following.cancel() and following.done() and following.exception() is None:
-            following.result().end.close()
+        for each in waiting:
+            if not each.cancel() and each.done() and each.exception() is None:
+                each.result().end.close()
 
     def _end(self, forked: _Forked) -> None:
         self._kill_child(forked.child)

@@ -7,17 +7,34 @@ import uuid
 from typing import Any, NamedTuple
 
 import msgspec
-from sqlalchemy import Connection, and_, delete, func, or_, select, tuple_, update
+from sqlalchemy import Connection, delete, func, select, tuple_, update
 
 from ..errors import NNsightError
-from ..protocol import ENDED, Event, Failure, JobState, JobSummary
+from ..protocol import Event, Failure, JobState, JobSummary
 from ._database import lock_owner
 from ._limits import Limits
 from ._monitor import Monitor
 from ._news import News
+from ._statements import (
+    ADD,
+    AHEAD,
+    BEGIN,
+    BESIDE,
+    END,
+    END_TURN,
+    EVENTS,
+    FORGET_EVENTS,
+    NEXT,
+    OWN,
+    OWN_TO_CHANGE,
+    REPEATED,
+    USE,
+    WAITS,
+)
 from ._store import Store, events, jobs
 
 _GONE = ("job", "answer")
+_SMALL = 2**16  # bytes of a job that is written before it is known to have room
 
 
 class TooManyJobsError(NNsightError):
@@ -71,10 +88,11 @@ class Queue:
             TooManyJobsError: The user has too many.
             TooMuchStoredError: The user's jobs and answers have too many bytes.
         """
-        with self._store.begin() as db:
-            known = self._known(db, owner, idempotency, len(frame))
-        if known is not None:
-            return known
+        if len(frame) > _SMALL:  # what has no room is not written first
+            with self._store.begin() as db:
+                known = self._known(db, owner, idempotency, len(frame))
+            if known is not None:
+                return known
         job = uuid.uuid4().hex
         self._store.write(job, "job", frame)
         row = {"id": job, "owner": owner, "idempotency": idempotency, "model": model, "status": "queued"}
@@ -84,7 +102,7 @@ class Queue:
             with self._store.begin() as db:
                 known = self._known(db, owner, idempotency, len(frame))
                 if known is None:
-                    db.execute(jobs.insert().values(**row, **times))
+                    db.execute(ADD, row | times)
         except BaseException:
             self._store.remove(job, *_GONE)
             raise
@@ -98,14 +116,12 @@ class Queue:
     def _known(self, db: Connection, owner: str, idempotency: str, size: int) -> str | None:
         """The job of a repeated request; where there is none, there is room for one."""
         lock_owner(db, owner)
-        mine = jobs.c.owner == owner
-        known = db.execute(select(jobs.c.id).where(mine, jobs.c.idempotency == idempotency)).scalar()
+        known = db.execute(REPEATED, {"owner_": owner, "idempotency_": idempotency}).scalar()
         if known is not None:
             return known
-        count = db.execute(select(func.count()).where(mine, jobs.c.status.in_(("queued", "running")))).scalar_one()
+        count, stored = db.execute(USE, {"owner_": owner}).one()
         if count >= self._limits.queued:
             raise TooManyJobsError(f"You have {count} jobs waiting or running, which is as many as one user may.")
-        stored = db.execute(select(func.coalesce(func.sum(jobs.c.size), 0)).where(mine)).scalar_one()
         if stored + size > self._limits.stored:
             raise TooMuchStoredError(
                 f"Your waiting jobs and kept answers have {stored} bytes, of at most {self._limits.stored}; answers "
@@ -117,8 +133,8 @@ class Queue:
         """Where a job stands, with its events from number `after` on."""
         with self._store.look() as db:
             row = self._own(db, owner, job)
-            found = select(events.c.body).where(events.c.job == job, events.c.number >= after)
-            bodies = [body for (body,) in db.execute(found.order_by(events.c.number))]
+            found = db.execute(EVENTS, {"id_": job, "after_": after}) if row.attempts else ()
+            bodies = [body for (body,) in found]
             ahead = self._ahead(db, row) if row.status == "queued" else 0
         error = msgspec.json.decode(row.error, type=Failure) if row.error else None
         told = [msgspec.json.decode(body, type=Event) for body in bodies]
@@ -130,6 +146,10 @@ class Queue:
             row = self._own(db, owner, job)
         if row.status != "done":
             raise UnknownJobError(f"The job is {row.status}: it has no answer.")
+        return self.kept(job)
+
+    def kept(self, job: str) -> bytes:
+        """The answer of a job that is known to be done, and whose it is."""
         return self._store.read(job, "answer")
 
     def cancel(self, owner: str, job: str) -> None:
@@ -173,17 +193,14 @@ class Queue:
             return {row[0]: row[1] for row in db.execute(last.group_by(jobs.c.model))}
 
     def _own(self, db: Connection, owner: str, job: str, *, lock: bool = False) -> Any:
-        mine = select(jobs).where(jobs.c.id == job, jobs.c.owner == owner)
-        row = db.execute(mine.with_for_update() if lock else mine).one_or_none()
+        row = db.execute(OWN_TO_CHANGE if lock else OWN, {"id_": job, "owner_": owner}).one_or_none()
         if row is None:
             raise UnknownJobError("There is no such job.")
         return row
 
     def _ahead(self, db: Connection, row: Any) -> int:
-        mine = (jobs.c.model == row.model, jobs.c.status == "queued")
-        sooner = and_(jobs.c.priority == row.priority, jobs.c.created < row.created)
-        before = or_(jobs.c.priority > row.priority, sooner)
-        return db.execute(select(func.count()).where(*mine, before)).scalar_one()
+        place = {"model_": row.model, "priority_": row.priority, "created_": row.created}
+        return db.execute(AHEAD, place).scalar_one()
 
     # --- replicas --------------------------------------------------------------------------------------------
 
@@ -192,57 +209,38 @@ class Queue:
         longest for a turn."""
         while True:
             with self._store.begin() as db:
-                found = self._foremost(db, model)
-                if found is None:
-                    return None
-                row = db.execute(found.with_for_update(skip_locked=True)).one_or_none()
+                row = db.execute(NEXT, {"model_": model}).one_or_none()
                 if row is not None:
                     self._begin(db, row)
-                    break  # and not again: no other process has taken it at the same time
+                    break
+                if not self._store.shared or db.execute(WAITS, {"model_": model}).first() is None:
+                    return None
         return self._claimed(row)
-
-    def _foremost(self, db: Connection, model: str) -> Any:
-        waiting = (jobs.c.model == model, jobs.c.status == "queued")
-        highest = db.execute(select(func.max(jobs.c.priority)).where(*waiting)).scalar()
-        waiting = (*waiting, jobs.c.priority == highest)
-        first = select(jobs.c.owner, func.min(jobs.c.created)).where(*waiting).group_by(jobs.c.owner)
-        owners = [tuple(row) for row in db.execute(first)]
-        if not owners:
-            return None
-        owner = min(owners, key=lambda pair: (*self._use(db, pair[0]), pair[1]))[0]
-        return select(jobs).where(*waiting, jobs.c.owner == owner).order_by(jobs.c.created).limit(1)
 
     def claim_beside(self, first: Claim, model: str, *, same_owner: bool) -> list[Claim]:
         """Jobs that may share a forward with one that was claimed, those who wait longest first."""
         if not first.shares or self._limits.together < 2:
             return []
         with self._store.begin() as db:
-            sharing = [jobs.c.model == model, jobs.c.status == "queued", jobs.c.shares == 1, jobs.c.attempts == 0]
-            sharing += [jobs.c.owner == first.owner] if same_owner else []
-            oldest = select(jobs).where(*sharing).order_by(jobs.c.priority.desc(), jobs.c.created)
-            rows = db.execute(oldest.limit(self._limits.together - 1).with_for_update(skip_locked=True)).all()
+            whose = {"owner_": first.owner} if same_owner else {}
+            found = {"model_": model, "count_": self._limits.together - 1, **whose}
+            rows = db.execute(BESIDE[same_owner], found).all()
             for row in rows:
                 self._begin(db, row)
         return [self._claimed(row) for row in rows]
 
     def _begin(self, db: Connection, row: Any) -> None:
         now = time.time()
-        begun = {"status": "running", "started": now, "lease": now + self._limits.lease, "server": self._store.server}
-        counts = {"attempts": row.attempts + 1, "turn": row.turn + 1}
-        db.execute(update(jobs).where(jobs.c.id == row.id).values(**counts, **begun))
-        db.execute(delete(events).where(events.c.job == row.id))
+        begun = {"now_": now, "lease_": now + self._limits.lease, "server_": self._store.server}
+        db.execute(BEGIN, {"id_": row.id, **begun})
+        if row.attempts:
+            db.execute(FORGET_EVENTS, {"id_": row.id})
 
     def _claimed(self, row: Any) -> Claim:
-        self._news.tell(row.id)
+        self._news.tell(row.id, ended=False)
         self.monitor.begun(row.id, row.model, time.time() - row.created, row.attempts + 1)
         shares = bool(row.shares) and row.attempts == 0
         return Claim(row.id, self._store.read(row.id, "job"), row.seconds, row.owner, shares, row.turn + 1)
-
-    def _use(self, db: Connection, owner: str) -> tuple[int, float]:
-        mine = jobs.c.owner == owner
-        running = db.execute(select(func.count()).where(mine, jobs.c.status == "running")).scalar_one()
-        last = db.execute(select(func.max(jobs.c.started)).where(mine)).scalar()
-        return running, last or 0.0
 
     # With `turn`, what follows is of that claim of the job alone: one whose lease ran out says nothing any more.
 
@@ -268,14 +266,14 @@ class Queue:
             if turn is not None and db.execute(select(jobs.c.id).where(*_running(job, turn))).first() is None:
                 return
             db.execute(events.insert().values(job=job, number=number, body=msgspec.json.encode(event).decode()))
-        self._news.tell(job)
+        self._news.tell(job, ended=False)
 
     def finish(self, job: str, answer: bytes, turn: int | None = None) -> None:
         """A job is done."""
         self._store.write(job, "answer", answer)
         with self._store.begin() as db:
             ended = self._end(db, job, "done", size=len(answer), turn=turn)
-            status = db.execute(select(jobs.c.status).where(jobs.c.id == job)).scalar()
+            status = None if ended else db.execute(select(jobs.c.status).where(jobs.c.id == job)).scalar()
         if not ended and status not in ("running", "done"):
             self._store.remove(job, "answer")
         self._news.tell(job)
@@ -369,13 +367,12 @@ class Queue:
         """End a job that has not ended; whether it had not."""
         failure = Failure("nnsight.errors", "ServerError", reason) if reason else None
         error = msgspec.json.encode(failure).decode() if failure else None
-        open_ = (jobs.c.id == job, jobs.c.status.not_in(ENDED)) if turn is None else _running(job, turn)
         now = time.time()
-        last = {"status": status, "ended": now, "lease": None, "error": error, "size": size}
-        if db.execute(update(jobs).where(*open_).values(**last)).rowcount != 1:
+        last = {"id_": job, "status_": status, "now_": now, "error_": error, "size_": size}
+        row = db.execute(*((END, last) if turn is None else (END_TURN, last | {"turn_": turn}))).one_or_none()
+        if row is None:
             return False
         self._store.remove(job, "job")
-        row = db.execute(select(jobs).where(jobs.c.id == job)).one()
         self.monitor.ended(job, row.model, status, None if row.started is None else now - row.started)
         return True
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import errno
 import threading
+import time
 from typing import Protocol
 
 from sqlalchemy.exc import SQLAlchemyError
@@ -16,6 +17,7 @@ from ._queue import Claim, Queue
 
 _BEAT = 0.25
 _CHECK = 5.0
+_SWEEP = 1.0  # seconds between two looks for jobs whose replica has died
 _LONGEST_TOGETHER = 5.0  # seconds that jobs may share a forward for
 
 
@@ -82,6 +84,7 @@ class Replica:
         self._queue = queue
         self._news = news
         self._limits = limits
+        self._swept = time.monotonic()
         self._ending = threading.Event()
         self._resting = threading.Event()
         self._thread = threading.Thread(target=self._serve, name=f"replica of {model}", daemon=True)
@@ -141,22 +144,23 @@ class Replica:
         self.ready.clear()
         self._runner.rest()
         self.failure, self.cramped = None, False
-        with self._news.work:
-            if self._resting.is_set():
-                self.rested.set()
-            if self._resting.is_set() and not self._ending.is_set():
-                self._news.work.wait(_CHECK)
+        calls = self._news.calls()
+        if self._resting.is_set():
+            self.rested.set()
+        if self._resting.is_set() and not self._ending.is_set():
+            self._news.wait_for_work(calls, _CHECK)
 
     def _next(self) -> Claim | None:
-        with self._news.work:
-            claim = self._queue.claim(self.model)
-            if claim is None and not self._ending.is_set() and not self._resting.is_set():
-                self._news.work.wait(_CHECK)
+        calls = self._news.calls()
+        claim = self._queue.claim(self.model)
+        if claim is None and not self._ending.is_set() and not self._resting.is_set():
+            self._news.wait_for_work(calls, _CHECK)
         if claim is not None and self._ending.is_set():
             self._queue.give_back(claim.id, claim.turn)
             return None
-        if claim is None:
+        if claim is None and time.monotonic() - self._swept > _SWEEP:
             self._queue.sweep()
+            self._swept = time.monotonic()
         return claim
 
     def _run_with_others(self, claim: Claim) -> None:
@@ -168,17 +172,16 @@ class Replica:
 
     def _run_together(self, claims: list[Claim]) -> None:
         """Run jobs in one forward; those that this does not serve are to be run alone."""
-        shared, done = Shared([], []), threading.Event()
+        shared = Shared([], [])
         seconds = min(_LONGEST_TOGETHER, *(claim.seconds for claim in claims))
-        watch = _Watch(claims, seconds, self._queue, self._runner, done)
+        watch = _Watch(claims, seconds, self._queue, self._runner)
         watch.start()
         try:
             shared = self._runner.run_together([claim.frame for claim in claims])
         except DiedError as error:  # one of them was cancelled, takes long, or is fatal: alone it harms none but itself
             log.info("forward not shared", extra={"model": self.model, "reason": watch.reason or str(error)})
         finally:
-            done.set()
-            watch.join()
+            watch.end()
             self._settle(claims, shared)
 
     def _settle(self, claims: list[Claim], shared: Shared) -> None:
@@ -198,22 +201,19 @@ class Replica:
             self._queue.monitor.shared(self.model, served)
 
     def _run(self, claim: Claim) -> None:
-        done = threading.Event()
-        watch = _Watch([claim], claim.seconds, self._queue, self._runner, done)
+        watch = _Watch([claim], claim.seconds, self._queue, self._runner)
         watch.start()
         output = Output(claim, self._queue, self._limits.output)
         try:
             answer = self._runner.run(claim.frame, output)
         except NotBegunError:
-            done.set()
-            watch.join()
+            watch.end()
             self._queue.give_back(claim.id, claim.turn)
             raise
         except DiedError as error:
             if watch.reason is None:
                 log.warning("job lost", extra={"job": claim.id, "model": self.model, "reason": str(error)})
-            done.set()
-            watch.join()
+            watch.end()
             if watch.reason == "cancelled":
                 self._queue.stopped(claim.id, claim.turn)
             elif watch.reason is not None:
@@ -224,8 +224,7 @@ class Replica:
                 self._queue.lose(claim.id, claim.turn)
             return
         finally:
-            done.set()
-        watch.join()
+            watch.end()
         if len(answer) > self._limits.answer:
             reason = f"The saved values have {len(answer)} bytes; at most {self._limits.answer} do."
             self._queue.fail(claim.id, reason, claim.turn)
@@ -242,35 +241,43 @@ class Replica:
 class _Watch(threading.Thread):
     """Renews the lease of a job that runs, and ends it where its user or its time says so."""
 
-    def __init__(
-        self, claims: list[Claim], seconds: float, queue: Queue, runner: Runner, done: threading.Event
-    ) -> None:
+    def __init__(self, claims: list[Claim], seconds: float, queue: Queue, runner: Runner) -> None:
         super().__init__(name="watch", daemon=True)
         self.reason: str | None = None
         self._claims = claims
         self._seconds = seconds
         self._queue = queue
         self._runner = runner
-        self._done = done
+        self._done = threading.Event()
+        self._deciding = threading.Lock()
+
+    def end(self) -> None:
+        """The job has ended; nothing is stopped from here on, and the reason stays what it is."""
+        with self._deciding:
+            self._done.set()
 
     def run(self) -> None:
         beats = 0
         while not self._done.wait(_BEAT):
             beats += 1
-            if self.reason is not None:
-                self._runner.stop()  # the first time, it may not have begun
-                continue
-            try:
-                wanted = [self._queue.beat(claim.id, claim.turn) for claim in self._claims]
-            except SQLAlchemyError as error:  # the lease may run out meanwhile, and another take the job
-                log.error("lease not renewed", extra={"error": type(error).__name__})
-                wanted = []
-            if not all(wanted):
-                self.reason = "cancelled"
-            elif beats * _BEAT > self._seconds:
-                self.reason = f"The job ran for more than {self._seconds:g} seconds, and was ended."
-            if self.reason is not None:
-                self._runner.stop()
+            reason = self.reason or self._reason(beats * _BEAT)
+            with self._deciding:
+                if reason is not None and not self._done.is_set():
+                    self.reason = reason
+                    self._runner.stop()  # and again: the first time, it may not have begun
+
+    def _reason(self, seconds: float) -> str | None:
+        """Why to end the job, if there is a reason."""
+        try:
+            wanted = [self._queue.beat(claim.id, claim.turn) for claim in self._claims]
+        except SQLAlchemyError as error:  # the lease may run out meanwhile, and another take the job
+            log.error("lease not renewed", extra={"error": type(error).__name__})
+            wanted = []
+        if not all(wanted):
+            return "cancelled"
+        if seconds > self._seconds:
+            return f"The job ran for more than {self._seconds:g} seconds, and was ended."
+        return None
 
 
 class Output:

@@ -6,7 +6,7 @@ import time
 from collections.abc import Callable
 
 from ..errors import ProtocolError
-from ..protocol import JobList, JobState, ServerInfo, read_job, versions
+from ..protocol import JobList, ServerInfo, read_job, versions
 from ..sandbox import can_share
 from ._fleet import Fleet
 from ._keys import Keys, NotAdminError, User
@@ -43,8 +43,8 @@ class Service:
         models = self.fleet.info(reasons=user is not None and user.admin)
         return ServerInfo(versions(), models, self.trusted, self.limits.public(), self.started)
 
-    def submit(self, user: User, idempotency: str, body: bytes) -> JobState:
-        """Take a job in."""
+    def submit(self, user: User, idempotency: str, body: bytes) -> str:
+        """Take a job in; its name."""
         job, _ = read_job(body)
         model = job.model if job.revision is None else f"{job.model}@{job.revision}"
         self.fleet.check(model)
@@ -52,8 +52,7 @@ class Service:
         if not 0 < job.timeout < float("inf"):
             raise ProtocolError("the timeout of a job is a positive number of seconds")
         how = {"priority": user.priority, "shares": bool(self.fleet.engine) or can_share(job, len(body))}
-        found = self.queue.submit(user.name, idempotency, model, body, job.timeout, **how)
-        return self.queue.state(user.name, found, 0)
+        return self.queue.submit(user.name, idempotency, model, body, job.timeout, **how)
 
     def jobs(self, user: User) -> JobList:
         """The user's own jobs."""

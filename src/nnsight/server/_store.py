@@ -54,6 +54,8 @@ jobs = Table(
     Column("turn", Integer, nullable=False, default=0),  # how often it was claimed
     UniqueConstraint("owner", "idempotency"),
     Index("jobs_by_status", "status", "model"),
+    Index("jobs_by_use", "owner", "status", "size"),
+    Index("jobs_by_turn", "owner", "started"),
 )
 
 events = Table(

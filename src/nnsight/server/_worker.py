@@ -9,6 +9,7 @@ import socket
 import sys
 import threading
 from contextlib import suppress
+from functools import partial
 from typing import Any
 
 import msgspec
@@ -29,6 +30,7 @@ from ..sandbox import (
     Zygote,
     execute,
     execute_together,
+    rehearse,
     summary,
     warm,
 )
@@ -61,7 +63,7 @@ def main(descriptor: str, command: str) -> int:
         _serve(pipe, model)
     else:
         pipe.send(READY)
-        Zygote(end, model).serve()
+        Zygote(end, model, rehearse=partial(rehearse, model)).serve()
     return 0
 
 
@@ -72,6 +74,7 @@ def _prepare_to_fork(model: LanguageModel) -> None:
             "be confined there. Serve it on the CPU, or with --trusted for yourself alone."
         )
     warm(model)
+    rehearse(model)
     if threading.active_count() > 1:
         raise RuntimeError("loading the model has started threads, which a fork would leave behind")
 
