@@ -4,15 +4,17 @@ from __future__ import annotations
 
 from typing import Any
 
+import msgspec
 import torch
 
 from ..modeling import NNsight
 from ..protocol import VERSION, BlockText, BoundBlock, EnvoyNode, Job, ModelState, Namespace, write_frame
 from ._execute import execute
+from ._together import execute_together
 
 
 def warm(model: Any) -> None:
-    """Load what first uses load lazily, so that no job has to."""
+    """Load what first uses load lazily, so that no job has to: of the model, and of running jobs on it."""
     ids = torch.tensor([[1, 2]])
     with model.trace(ids):
         loss = model.output.logits.sum()
@@ -21,6 +23,8 @@ def warm(model: Any) -> None:
     with model.generate(ids, max_new_tokens=2, do_sample=True) as tracer:
         _ = tracer.result
     model._model.zero_grad(set_to_none=True)
+    rehearse(model)
+    execute_together(msgspec.msgpack.encode([_job()] * 2), model)
 
 
 def rehearse(model: NNsight) -> None:
@@ -51,7 +55,7 @@ def _job() -> bytes:
             revision=None,
             method="trace",
             main=BoundBlock(block, [], {}, 0),
-            args=["one two three"],
+            args=["one two three four five six seven eight nine ten"],
             kwargs={},
             models=[ModelState()],
             namespaces=[Namespace("__main__", {"model": EnvoyNode(0, "")})],

@@ -218,16 +218,24 @@ class ConfinedRunner(ModelProcess):
         for each in failed:
             self._waiting.remove(each)
         while len(self._waiting) < _READY_RUNNERS:
-            self._waiting.append(self._helper.submit(self._fork))
+            self._make_one()
+
+    def _make_one(self) -> None:
+        self._waiting.append(self._helper.submit(self._fork, self._socket))
 
     def run(self, frame: bytes, emit: Emit, kind: bytes = JOB) -> bytes:
         forked = self._current = self._waiting.popleft().result()
         try:
-            return self._talk(Pipe(forked.end, self._limits.answer), frame, emit, kind)
-        finally:
+            answer = self._talk(Pipe(forked.end, self._limits.answer), frame, emit, kind)
+        except BaseException:
             self._current = None
-            self._helper.submit(self._end, forked)
-            self._waiting.append(self._helper.submit(self._fork))
+            if not self._end(forked):  # the zygote has died, and with it those that wait
+                self.close()
+            raise
+        self._current = None
+        self._helper.submit(self._end, forked)
+        self._make_one()
+        return answer
 
     def run_together(self, frames: list[bytes]) -> Shared:
         return share(self.run, frames)
@@ -244,21 +252,24 @@ class ConfinedRunner(ModelProcess):
             if not each.cancel() and each.done() and each.exception() is None:
                 each.result().end.close()
 
-    def _end(self, forked: _Forked) -> None:
-        self._kill_child(forked.child)
+    def _end(self, forked: _Forked) -> bool:
+        """Whether there is a zygote that has seen to it."""
+        lives = self._kill_child(forked.child)
         forked.end.close()
+        return lives
 
-    def _kill_child(self, child: int) -> None:
+    def _kill_child(self, child: int) -> bool:
         with self._control:
             if self._socket is not None:
                 with suppress(OSError):
                     self._socket.send(KILL + str(child).encode())
-                    self._socket.recv(64)
+                    return self._socket.recv(64) == KILL
+        return False
 
-    def _fork(self) -> _Forked:
+    def _fork(self, zygote: socket.socket | None) -> _Forked:
         ours, theirs = socket.socketpair()
         with theirs:
-            child = self._ask_for_child(theirs)
+            child = self._ask_for_child(zygote, theirs)
         try:
             kind, data = self._receive(Pipe(ours, _LARGEST_EVENT))
         except DiedError as error:
@@ -269,13 +280,10 @@ class ConfinedRunner(ModelProcess):
             raise DiedError(data.decode(errors="replace") if kind == PROBLEM else _SAID[PROBLEM])
         return _Forked(child, ours)
 
-    def _ask_for_child(self, theirs: socket.socket) -> int:
-        processor = (
-            self._limits.seconds * (os.cpu_count() or 1) + 10
-        )  # the server ends a job at its time; this is in case
+    def _ask_for_child(self, zygote: socket.socket | None, theirs: socket.socket) -> int:
+        processor = self._limits.seconds * (os.cpu_count() or 1) + 10  # in case: the server ends a job at its time
         command = FORK + f"{self._limits.memory} {processor}".encode()
         with self._control:
-            zygote = self._socket
             try:
                 if zygote is None:
                     raise OSError("it was ended")
@@ -285,6 +293,7 @@ class ConfinedRunner(ModelProcess):
             except OSError as error:
                 answer = str(error).encode()
         if not answer.startswith(BEGUN):
-            self._kill()  # it is started again when the next job comes
+            if self._socket is zygote:
+                self._kill()  # it is started again when the next job comes
             raise NotBegunError(f"the zygote has died ({answer.decode(errors='replace')})")
         return int(answer[1:])

@@ -74,7 +74,6 @@ def _prepare_to_fork(model: LanguageModel) -> None:
             "be confined there. Serve it on the CPU, or with --trusted for yourself alone."
         )
     warm(model)
-    rehearse(model)
     if threading.active_count() > 1:
         raise RuntimeError("loading the model has started threads, which a fork would leave behind")
 
