@@ -25,9 +25,10 @@ _outcome = msgspec.msgpack.Decoder(Answer | Failure)
 def write_frame(message: Job | Answer | Failure, tensors: TensorWriter | None = None) -> bytes:
     """A message with its tensors."""
     header = _encoder.encode(message)
-    payload = tensors.payload() if tensors is not None else b""
+    payload = list(tensors.parts()) if tensors is not None else []
+    size = sum(map(len, payload))
     padding = bytes(aligned(_START.size + len(header)) - _START.size - len(header))
-    return b"".join([_START.pack(_MAGIC, len(header), len(payload)), header, padding, payload])
+    return b"".join([_START.pack(_MAGIC, len(header), size), header, padding, *payload])
 
 
 def read_job(frame: bytes) -> tuple[Job, memoryview]:
@@ -42,7 +43,7 @@ def read_job(frame: bytes) -> tuple[Job, memoryview]:
     return job, payload
 
 
-def read_outcome(frame: bytes) -> tuple[Answer | Failure, memoryview]:
+def read_outcome(frame: bytes | memoryview) -> tuple[Answer | Failure, memoryview]:
     """The answer or failure in a frame, and the bytes of its tensors.
 
     Raises:
@@ -51,7 +52,7 @@ def read_outcome(frame: bytes) -> tuple[Answer | Failure, memoryview]:
     return _read(frame, _outcome)
 
 
-def _read(frame: bytes, decoder: msgspec.msgpack.Decoder[M]) -> tuple[M, memoryview]:
+def _read(frame: bytes | memoryview, decoder: msgspec.msgpack.Decoder[M]) -> tuple[M, memoryview]:
     if len(frame) < _START.size:
         raise ProtocolError("the message is cut off before its header")
     magic, header_size, payload_size = _START.unpack_from(frame)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import ctypes
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 
 import msgspec
 import torch
@@ -76,11 +76,20 @@ class TensorWriter:
 
     def payload(self) -> bytes:
         """The numbers of all tensors."""
-        payload = bytearray(self._size)
-        for info, flat in zip(self.infos, self._flat, strict=True):
-            if flat.nbytes:
-                payload[info.start : info.start + flat.nbytes] = ctypes.string_at(flat.data_ptr(), flat.nbytes)
-        return bytes(payload)
+        return b"".join(self.parts())
+
+    def parts(self) -> Iterator[bytes | memoryview]:
+        """The numbers of all tensors, piece by piece and where they are, so that they are copied once."""
+        for flat in self._flat:
+            yield _memory(flat)
+            yield bytes(aligned(flat.nbytes) - flat.nbytes)
+
+
+def _memory(tensor: torch.Tensor) -> memoryview:
+    """The bytes of a contiguous tensor, for as long as it is there."""
+    if not tensor.nbytes:
+        return memoryview(b"")
+    return memoryview((ctypes.c_char * tensor.nbytes).from_address(tensor.data_ptr())).cast("B")
 
 
 def aligned(size: int) -> int:
@@ -136,7 +145,7 @@ def _read(info: TensorInfo, data: memoryview, before: list[torch.Tensor]) -> tor
                 return torch.empty(info.shape, dtype=dtype)
         tensor = torch.empty(info.shape, dtype=dtype)
         if len(data):
-            ctypes.memmove(tensor.data_ptr(), bytes(data), len(data))
+            _memory(tensor)[:] = data
             if dtype is torch.bool:  # a byte that is neither 0 nor 1 is no bool to the compiler
                 tensor = tensor.view(torch.uint8) != 0
         if info.kind == "parameter":

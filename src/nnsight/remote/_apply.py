@@ -16,7 +16,7 @@ from ._job import Written
 from ._unsaved import NotSaved
 
 
-def read_answer(frame: bytes, written: Written) -> dict[str, Any]:
+def read_answer(frame: bytes | memoryview, written: Written) -> dict[str, Any]:
     """The saved values by name; what the block changed in place is changed here too.
 
     Raises:

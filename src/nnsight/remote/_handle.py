@@ -34,7 +34,13 @@ class RemoteJob:
     """
 
     def __init__(
-        self, connection: Connection, frame: bytes, timeout: float, make: Callable[[bytes], Any], *, waits: bool
+        self,
+        connection: Connection,
+        frame: bytes,
+        timeout: float,
+        make: Callable[[bytes | memoryview], Any],
+        *,
+        waits: bool,
     ) -> None:
         self._connection = connection
         self._timeout = timeout
@@ -45,7 +51,7 @@ class RemoteJob:
         self._outcome: Any = None
         self._made = False
         self._to_end = False
-        self._future: Future[bytes] = _loop.start(self._run(frame))
+        self._future: Future[bytes | memoryview] = _loop.start(self._run(frame))
 
     @property
     def id(self) -> str | None:
@@ -108,7 +114,7 @@ class RemoteJob:
 
     # --- on the loop -----------------------------------------------------------------------------------------
 
-    async def _run(self, frame: bytes) -> bytes:
+    async def _run(self, frame: bytes) -> bytes | memoryview:
         try:
             return await asyncio.wait_for(self._watch(frame), self._timeout)
         except asyncio.TimeoutError:
@@ -123,7 +129,7 @@ class RemoteJob:
             if self._events is not None:
                 self._events.put(None)
 
-    async def _watch(self, frame: bytes) -> bytes:
+    async def _watch(self, frame: bytes) -> bytes | memoryview:
         headers = {"Idempotency-Key": uuid.uuid4().hex, "Content-Type": "application/octet-stream"}
         where = f"/v1/jobs?answer=1&wait={_FIRST_WAIT if self._events is not None else 0}"
         state, answer = self._note(await self._connection.request("POST", where, content=frame, headers=headers))
@@ -138,9 +144,10 @@ class RemoteJob:
             raise ServerError(state.error.text)
         return answer or await self._connection.request("GET", f"/v1/jobs/{state.id}/result", patient=True)
 
-    def _note(self, body: bytes) -> tuple[JobState, bytes]:
+    def _note(self, body: bytes) -> tuple[JobState, memoryview]:
         """Take in what the server says of the job: its state, and behind a line feed the answer of one that is done."""
-        told, _, answer = body.partition(b"\n")
+        end = body.find(b"\n")
+        told, answer = (body, b"") if end < 0 else (body[:end], memoryview(body)[end + 1 :])
         try:
             state = _state.decode(told)
         except msgspec.MsgspecError as error:
@@ -152,7 +159,7 @@ class RemoteJob:
                 self._events.put(event)
             else:
                 _show(event)
-        return state, answer
+        return state, memoryview(answer)
 
 
 def _show(event: Event) -> None:

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Callable
+from collections.abc import AsyncIterator, Callable
 from contextlib import suppress
 from typing import Any
 
 import msgspec
 from fastapi import FastAPI, Request, Response
 from fastapi.concurrency import run_in_threadpool
+from fastapi.responses import StreamingResponse
 from sqlalchemy.exc import OperationalError
 
 from ..errors import LoadError, NNsightError, ProtocolError
@@ -25,6 +26,7 @@ from ._queue import TooManyJobsError, TooMuchStoredError, UnknownJobError
 from ._service import Service
 
 _LONGEST_WAIT = 30.0
+_PIECE = 2**20  # bytes that are sent at a time
 
 
 class TooLargeError(NNsightError):
@@ -237,7 +239,17 @@ async def _told(service: Service, state: JobState, code: int, *, answer: bool) -
     if not answer or state.status != "done":
         return _json(state, code)
     left = await run_in_threadpool(service.queue.kept, state.id)
-    return Response(msgspec.json.encode(state) + b"\n" + left, code, media_type="application/octet-stream")
+    head = msgspec.json.encode(state) + b"\n"
+    if len(left) <= _PIECE:
+        return Response(head + left, code, media_type="application/octet-stream")
+    size = {"Content-Length": str(len(head) + len(left))}
+    return StreamingResponse(_pieces(head, left), code, size, "application/octet-stream")
+
+
+async def _pieces(head: bytes, left: bytes) -> AsyncIterator[bytes]:
+    yield head
+    for at in range(0, len(left), _PIECE):
+        yield left[at : at + _PIECE]
 
 
 async def _end_of(service: Service, owner: str, job: str, wait: float) -> JobState:
