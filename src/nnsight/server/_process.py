@@ -17,7 +17,8 @@ from typing import Any, NamedTuple
 
 import msgspec
 
-from ..protocol import Event, Shared
+from ..errors import ProtocolError
+from ..protocol import Event, Shared, decode_message
 from ..sandbox import (
     ANSWER,
     BEGUN,
@@ -133,7 +134,7 @@ class ModelProcess:
                     return data
                 else:
                     raise DiedError(_SAID.get(kind, "the process says what it cannot mean"))
-        except (msgspec.MsgspecError, OSError) as error:
+        except (msgspec.MsgspecError, UnicodeDecodeError, RecursionError, OSError) as error:
             raise DiedError(f"the process says what it cannot mean ({error})") from error
 
 
@@ -141,8 +142,8 @@ def share(run: Callable[[bytes, Emit, bytes], bytes], frames: list[bytes]) -> Sh
     """Have jobs run together; what comes back fits them."""
     answer = run(_packed.encode(frames), _ignore, JOBS)
     try:
-        shared = _shared.decode(answer)
-    except msgspec.MsgspecError as error:
+        shared = decode_message(answer, _shared)
+    except ProtocolError as error:
         raise DiedError(f"the process says what it cannot mean ({error})") from error
     if len(shared.answers) != len(frames) or len(shared.events) != len(frames):
         raise DiedError("the process answers other jobs than it was given")
