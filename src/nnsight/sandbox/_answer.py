@@ -10,7 +10,7 @@ import torch
 from .._capture import Block, Scope
 from ..errors import TravelError
 from ..modeling import take_apart
-from ..protocol import Answer, Change, Encoder, GivenNode, Node
+from ..protocol import Answer, Change, Encoder, GivenNode, Node, results_of
 from ..trace import Cache
 
 _ABSENT: Any = object()
@@ -91,6 +91,7 @@ def _change(encoder: Encoder, number: int, known: set[int], given: Given) -> Cha
     container = given.containers[number]
     contents = _contents(container)
     before = {id(item) for item in _parts(given._before[number])}
+    known = known | {id(item) for item in results_of(container).values()}
     for item in _parts(contents):
         if id(item) not in before and not isinstance(item, _SMALL) and not _is_saved(item, known, given):
             raise TravelError(

@@ -8,9 +8,12 @@ import importlib
 import linecache
 import sys
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
+from threading import RLock
 from types import ModuleType
 from typing import Any, ClassVar
+
+import torch
 
 from .._capture import Block, Scope
 from ..envoy import Envoy
@@ -91,9 +94,11 @@ class JobReader(Decoder):
         if not isinstance(cls, type):
             raise ProtocolError("an instance of something that is no class")
         made = self.containers[index] = object.__new__(cls)
-        state = vars(made)
-        for name, value in node.state:
-            state[name] = self.decode(value)
+        state = {name: self.decode(value) for name, value in node.state}
+        if isinstance(made, torch.nn.Module):
+            made.__setstate__(state)
+        else:
+            vars(made).update(state)
         return made
 
     def _envoy(self, node: EnvoyNode) -> Envoy | Any:
@@ -217,7 +222,29 @@ def _define(text: Definition, space: dict[str, Any], free: dict[str, Any]) -> An
     outer.body[:0] = tree.body
     local: dict[str, Any] = {}
     exec(compile(ast.Module([outer], []), text.filename, "exec"), space, local)
-    return local[_OUTER](**free)
+    first = tree.body[0]
+    with _module_of(space) if isinstance(first, ast.ClassDef) and first.decorator_list else nullcontext():
+        return local[_OUTER](**free)
+
+
+_defining = RLock()
+
+
+@contextmanager
+def _module_of(space: dict[str, Any]) -> Iterator[None]:
+    """Have a module of the user's found by its name: `dataclass` looks there for what the texts of annotations mean."""
+    name, module = space["__name__"], ModuleType(space["__name__"])
+    vars(module).update(space)
+    with _defining:
+        before = sys.modules.get(name)
+        sys.modules[name] = module
+        try:
+            yield
+        finally:
+            if before is None:
+                del sys.modules[name]
+            else:
+                sys.modules[name] = before
 
 
 def _imported(node: ImportNode) -> Any:
