@@ -37,11 +37,12 @@ from ..protocol import (
     SiteNode,
     StoredIntervention,
     results_of,
+    state_of,
     write_frame,
 )
 from ..trace import Edit
 from ._code import free_variables, globals_of, is_installed, registered, source_of
-from ._modules import Memory, check_module, state_of
+from ._modules import Memory, check_module
 from ._unsaved import NotSaved
 
 _ABSENT: Any = object()
@@ -167,6 +168,8 @@ class JobWriter:
             if name in values and name not in sent and not name.startswith("__"):
                 sent[name] = None  # a definition that reads itself finds it there
                 self._send(name, values[name], sent, bound)
+                if name in sent:
+                    sent[name] = sent.pop(name)  # after what it needs, as it is read in this order
         return number
 
     # --- what is more than data ------------------------------------------------------------------------------
@@ -287,8 +290,7 @@ class JobWriter:
 
 
 def _attributes(encoder: Encoder, value: Any) -> list[tuple[str, Any]]:
-    state = state_of(value) if isinstance(value, Module) else vars(value)
-    state = {**state, **dict.fromkeys(results_of(value))}
+    state = {**state_of(value), **dict.fromkeys(results_of(value))}
     return [(name, encoder.encode(item, f".{name}")) for name, item in state.items()]
 
 

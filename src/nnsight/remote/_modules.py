@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import torch
 from torch._subclasses.fake_tensor import FakeTensor
@@ -13,19 +13,7 @@ from torch.nn.utils.parametrize import is_parametrized
 
 from ..errors import TravelError
 
-_HOOKS = (
-    *("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks"),
-    *("_state_dict_hooks", "_state_dict_pre_hooks", "_load_state_dict_pre_hooks", "_load_state_dict_post_hooks"),
-)
-
-
-def state_of(module: Module) -> dict[str, Any]:
-    """What `module` is made of, as `copy` and `pickle` would ask for it."""
-    own = getattr(type(module), "__getstate__", None)
-    state = vars(module) if own is None or own is getattr(object, "__getstate__", None) else own(module)
-    if not isinstance(state, dict):
-        raise TravelError(f"A {type(module).__qualname__} cannot travel: its __getstate__ does not give a dict.")
-    return state
+_HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
 
 
 def check_module(module: Module, name: str) -> None:
@@ -53,7 +41,7 @@ def _reason(module: Module) -> str | None:
         of = ", ".join(sorted(module.parametrizations))  # pyright: ignore[reportArgumentType]
         return (
             f"its {of} is computed by a parametrization. torch.nn.utils.parametrize.remove_parametrizations puts the "
-            "value in its place, in a copy (copy.deepcopy) where you train on."
+            "value in its place; or send a plain module with the value (`plain.weight.data = module.weight.detach()`)."
         )
     if any(vars(module).get(hooks) for hooks in _HOOKS):
         return (
