@@ -8,7 +8,7 @@ import inspect
 import linecache
 import pkgutil
 import re
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 
 import pytest
@@ -57,8 +57,9 @@ def members_of(classes: Iterable[type]) -> dict[str, object]:
 MEMBERS = members_of([*(found for name in public if inspect.isclass(found := getattr(nnsight, name))), *HANDED_OUT])
 
 
-def run_source(code: str, filename: str, namespace: dict[str, object]) -> None:
-    linecache.cache[filename] = (len(code), None, code.splitlines(keepends=True), filename)
+def run_source(code: str, filename: str, namespace: dict[str, object], lines: Sequence[str] = ()) -> None:
+    shown = [f"{line}\n" for line in lines or code.splitlines()]
+    linecache.cache[filename] = (sum(map(len, shown)), None, shown, filename)
     exec(compile(code, filename, "exec"), namespace)
 
 
@@ -77,10 +78,13 @@ def test_documents(path: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -
     monkeypatch.chdir(tmp_path)
     text = (ROOT / path).read_text("utf-8")
     namespace: dict[str, object] = {"__name__": "document"}
+    lines = [""] * text.count("\n")  # those of all blocks so far, where classes look for their source
     for found in BLOCK.finditer(text):
         if not found["mark"]:
-            line = text[: found.start("code")].count("\n")
-            run_source("\n" * line + found["code"], str(ROOT / path), namespace)
+            first = text[: found.start("code")].count("\n")
+            code = found["code"].splitlines()
+            lines[first : first + len(code)] = code
+            run_source("\n" * first + found["code"], str(ROOT / path), namespace, lines)
 
 
 @pytest.mark.parametrize("name", sorted(set(public) - NOT_SHOWN))

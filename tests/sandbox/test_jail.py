@@ -15,6 +15,8 @@ import torch
 
 from nnsight.sandbox import Allowance, confine, missing
 
+from ..endless import catch_everything
+
 pytestmark = pytest.mark.skipif(bool(missing()), reason=f"this machine lacks {missing()}")
 
 PARENT = os.getpid()
@@ -186,15 +188,7 @@ def test_an_endless_loop_ends():
 
 
 def test_catching_everything_does_not_help():
-    def spin():
-        while True:
-            try:
-                while True:
-                    pass
-            except BaseException:
-                continue
-
-    _, status = confined(spin, Allowance(memory=2 << 30, seconds=1, threads=8))
+    _, status = confined(catch_everything, Allowance(memory=2 << 30, seconds=1, threads=8))
     assert status == -signal.SIGKILL
 
 

@@ -14,6 +14,8 @@ from nnsight.errors import RemoteTimeoutError, ServerError
 from nnsight.sandbox import missing
 from nnsight.server import create_key
 
+from ..endless import catch_everything
+
 NAME = "nnsight/landmarks"
 PROMPT = "The Eiffel Tower is in the city of"
 
@@ -119,12 +121,7 @@ def test_a_compressed_body_is_not_unpacked(server, keys):
 def test_time_bomb_that_catches_everything(model):
     with pytest.raises(ServerError, match="more than 8 seconds"):
         with model.trace("Hello", remote=True):
-            while True:
-                try:
-                    while True:
-                        pass
-                except BaseException:
-                    continue
+            catch_everything()
 
 
 def test_park_bomb(model):

@@ -15,6 +15,8 @@ from nnsight import CONFIG, LanguageModel
 from nnsight.errors import ServerError
 from nnsight.server import create_key
 
+from ..endless import catch_everything
+
 NAME = "nnsight/landmarks"
 
 
@@ -150,12 +152,7 @@ def test_a_crash_of_a_block_is_tried_again_and_then_reported(server, model):
 
 def test_an_endless_block_is_cancelled(server, model):
     with model.trace("Hello", remote=True, blocking=False) as job:
-        while True:
-            try:
-                while True:
-                    pass
-            except BaseException:
-                continue
+        catch_everything()
     wait_until(lambda: job.status == "running")
     job.cancel()
     with pytest.raises(nnsight.errors.JobCancelledError):

@@ -23,6 +23,8 @@ from nnsight.errors import (
     RemoteError,
 )
 
+from .generations import close, plainly, same, steered
+
 TOWER, FRANCE, ROME = "The Eiffel Tower is in the city of", "The capital of France is", "The Colosseum"
 PROMPTS = (TOWER, FRANCE, ROME)
 LONG = 100  # tokens, enough to be cut short
@@ -54,27 +56,6 @@ def in_time(call, limit=LIMIT):
     if error is not None:
         raise error
     return value
-
-
-def close(found, expected):
-    assert found.shape == expected.shape
-    torch.testing.assert_close(found.detach(), expected.detach(), atol=1e-4, rtol=1e-4)
-
-
-def steered(model, prompt, factor, count, **options):
-    """The stream and tokens of a generation, greedy."""
-    with model.generate(prompt, **options) as tracer:
-        streams = [].save()
-        for _ in tracer.iter[:]:
-            model.resid_post[3][:] *= factor
-            streams.append(model.resid_post[8])
-        tokens = tracer.result.save()
-    assert len(streams) == count
-    return streams, tokens
-
-
-def plainly(pair, prompt, factor, count):
-    return steered(pair.plain, prompt, factor, count, max_new_tokens=count, min_new_tokens=count, do_sample=False)
 
 
 async def awaited(model, prompt, factor, count):
@@ -135,11 +116,8 @@ class TestTogether:
         async def all_of_them():
             return await asyncio.gather(*(awaited(gpt2.engine, p, 1 + i / 10, 4 + i) for i, p in enumerate(PROMPTS)))
 
-        for i, (streams, tokens) in enumerate(run(all_of_them())):
-            expected, ids = plainly(gpt2, PROMPTS[i], 1 + i / 10, 4 + i)
-            for found, value in zip(streams, expected, strict=True):
-                close(found, value)
-            assert torch.equal(tokens, ids)
+        for i, found in enumerate(run(all_of_them())):
+            same(found, plainly(gpt2.plain, PROMPTS[i], 1 + i / 10, 4 + i))
 
     def test_in_the_same_steps(self, gpt2):
         model = gpt2.engine
@@ -172,7 +150,7 @@ class TestTogether:
         for thread in threads:
             thread.join(LIMIT)
         for prompt in PROMPTS:
-            streams, tokens = plainly(gpt2, prompt, 1.1, 5)
+            streams, tokens = plainly(gpt2.plain, prompt, 1.1, 5)
             close(found[prompt][0][-1], streams[-1])
             assert torch.equal(found[prompt][1], tokens)
 
@@ -186,7 +164,7 @@ class TestTogether:
 
         (_, tokens), plain = run(both())
         assert [one.outputs[0].token_ids for one in plain] == [one.outputs[0].token_ids for one in before]
-        assert torch.equal(tokens, plainly(gpt2, TOWER, 1.5, 20)[1])
+        assert torch.equal(tokens, plainly(gpt2.plain, TOWER, 1.5, 20)[1])
 
     def test_an_awaited_block_is_as_any_other(self, gpt2):
         model, factor = gpt2.engine, 0.5
@@ -241,7 +219,7 @@ class TestTogether:
             return await asyncio.gather(*found)
 
         for streams, factor in zip(run(all_of_them()), (1.1, 0.9, 1.3), strict=True):
-            for found, value in zip(streams, plainly(gpt2, TOWER, factor, 6)[0], strict=True):
+            for found, value in zip(streams, plainly(gpt2.plain, TOWER, factor, 6)[0], strict=True):
                 close(found, value)
 
     def test_what_is_written_wrongly(self, gpt2):
@@ -302,7 +280,7 @@ class TestStreams:
         assert early > 10
         assert len(ids) == LONG
         assert ids == values["tokens"][0, count:].tolist()
-        assert torch.equal(values["tokens"], plainly(gpt2, TOWER, 1.0, LONG)[1])
+        assert torch.equal(values["tokens"], plainly(gpt2.plain, TOWER, 1.0, LONG)[1])
         assert values["shapes"] == [(1, count, 128), *[(1, 1, 128)] * (LONG - 1)]
         assert "".join(piece.text for piece in pieces).startswith(" Paris")
 
@@ -350,7 +328,7 @@ class TestCancelled:
 
     def others(self, gpt2, found):
         streams, tokens = found
-        expected, ids = plainly(gpt2, FRANCE, 1.1, 30)
+        expected, ids = plainly(gpt2.plain, FRANCE, 1.1, 30)
         close(streams[-1], expected[-1])
         assert torch.equal(tokens, ids)
 
@@ -461,7 +439,7 @@ class TestErrors:
             return caught, await other
 
         caught, (_, tokens) = run(awaiting())
-        assert torch.equal(tokens, plainly(gpt2, FRANCE, 1.1, 12)[1])
+        assert torch.equal(tokens, plainly(gpt2.plain, FRANCE, 1.1, 12)[1])
         settle(model)
         return caught
 

@@ -12,6 +12,7 @@ import torch
 from nnsight.errors import EditError, EngineError, NNsightError
 from nnsight.sandbox import missing
 
+from ..endless import catch_everything, spin
 from . import test_engine, test_equal, test_refused
 
 pytestmark = pytest.mark.skipif(bool(missing()), reason=f"this machine lacks {missing()}")
@@ -398,22 +399,8 @@ def test_a_process_that_is_killed_between_jobs_is_made_again(model, which):
 # --- neighbours --------------------------------------------------------------------------------------------------
 
 
-def spin():
-    while True:
-        pass
-
-
 def sleep():
     time.sleep(10_000)
-
-
-def catch_everything():
-    while True:
-        try:
-            while True:
-                pass
-        except BaseException:
-            continue
 
 
 @pytest.mark.parametrize(

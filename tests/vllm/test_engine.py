@@ -5,6 +5,8 @@ import torch
 
 from nnsight.errors import EditError, EngineError, GradientError, InputError, NamesError, NoInputError, OutOfOrderError
 
+from .generations import close
+
 TOWER, FRANCE = "The Eiffel Tower is in the city of", "The capital of France is"
 LONG = " ".join([TOWER] * 4)  # more tokens than are left of a step beside others
 
@@ -13,11 +15,6 @@ def logits_of(model, prompt):
     with model.trace(prompt):
         stream, logits = model.resid_post[5].save(), model.logits.save()
     return stream, logits
-
-
-def close(found, expected):
-    assert found.shape == expected.shape
-    torch.testing.assert_close(found.detach(), expected.detach(), atol=1e-4, rtol=1e-4)
 
 
 def test_document(gpt2):

@@ -7,6 +7,8 @@ import torch
 
 from nnsight.errors import EngineError
 
+from .generations import close
+
 PROMPT = "The Eiffel Tower is in the city of"
 
 
@@ -22,11 +24,6 @@ def two(engines):
     os.environ.pop("VLLM_CPU_OMP_THREADS_BIND")
     if before is not None:
         os.environ["VLLM_CPU_OMP_THREADS_BIND"] = before
-
-
-def close(found, expected):
-    assert found.shape == expected.shape
-    torch.testing.assert_close(found.detach(), expected.detach(), atol=1e-4, rtol=1e-4)
 
 
 def test_values_are_whole(two):

@@ -20,6 +20,7 @@ from nnsight.errors import InputError, JobCancelledError, ServerError
 from nnsight.server import create_key
 
 from .conftest import LANDMARKS
+from .generations import plainly, same, steered
 
 TOWER, FRANCE, ROME = "The Eiffel Tower is in the city of", "The capital of France is", "The Colosseum"
 LONG = 90  # tokens
@@ -84,30 +85,8 @@ def site(started, monkeypatch):
     return started
 
 
-def steered(model, prompt, factor, count, **options):
-    with model.generate(prompt, **options) as tracer:
-        streams = [].save()
-        for _ in tracer.iter[:]:
-            model.resid_post[3][:] *= factor
-            streams.append(model.resid_post[8])
-        tokens = tracer.result.save()
-    assert len(streams) == count
-    return streams, tokens
-
-
-def plainly(site, prompt, factor, count):
-    return steered(site.plain, prompt, factor, count, max_new_tokens=count, min_new_tokens=count, do_sample=False)
-
-
 def remotely(site, prompt, factor, count):
     return steered(site.model, prompt, factor, count, max_tokens=count, min_tokens=count, remote=True, timeout=LIMIT)
-
-
-def same(found, expected):
-    assert found[1].tolist() == expected[1].tolist()
-    for mine, other in zip(found[0], expected[0], strict=True):
-        assert mine.shape == other.shape
-        torch.testing.assert_close(mine.detach(), other.detach(), atol=1e-4, rtol=1e-4)
 
 
 def send(model, prompt=TOWER, pause=0.0):
@@ -130,7 +109,7 @@ def send(model, prompt=TOWER, pause=0.0):
 
 def test_a_trace_is_that_of_a_local_engine_and_of_transformers(site, engines):
     found = remotely(site, TOWER, 1.5, 4)
-    same(found, plainly(site, TOWER, 1.5, 4))
+    same(found, plainly(site.plain, TOWER, 1.5, 4))
     local = engines("gpt2").engine
     same(found, steered(local, TOWER, 1.5, 4, max_tokens=4, min_tokens=4))
     assert (remotely(site, TOWER, 1.0, 4)[0][0] - found[0][0]).abs().max() > 0.1  # the edit is one
@@ -174,7 +153,7 @@ def test_several_clients_are_served_at_once(site):
     with ThreadPoolExecutor(3) as pool:
         found = [pool.submit(remotely, site, prompt, 1.3, 3) for prompt in (TOWER, FRANCE, ROME)]
         for prompt, outcome in zip((TOWER, FRANCE, ROME), found, strict=True):
-            same(outcome.result(LIMIT), plainly(site, prompt, 1.3, 3))
+            same(outcome.result(LIMIT), plainly(site.plain, prompt, 1.3, 3))
     assert [job.result()["numbers"] for job in jobs] == [[LONG]] * len(jobs)
 
 
@@ -215,7 +194,7 @@ def test_a_cancelled_job_ends_and_leaves_the_engine(site):
         job.result()
     assert site.count("cancelled") == before + 1
     wait_until(lambda: site.info().active == 0, 10)
-    same(remotely(site, FRANCE, 1.0, 2), plainly(site, FRANCE, 1.0, 2))
+    same(remotely(site, FRANCE, 1.0, 2), plainly(site.plain, FRANCE, 1.0, 2))
 
 
 def test_a_block_for_the_other_modules_is_refused_by_name(site):
@@ -236,7 +215,7 @@ def test_jobs_are_their_owners_own(site):
 
 
 def plain_text(site, prompt, count):
-    ids = plainly(site, prompt, 1.0, count)[1][0]
+    ids = plainly(site.plain, prompt, 1.0, count)[1][0]
     return site.plain.tokenizer.decode(ids[-count:])
 
 
@@ -302,7 +281,7 @@ def test_a_confined_block_ends_alone(site):
         model.resid_post[3].save()
         system.kill(system.getpid(), 9)
     assert other.result()["numbers"] == [LONG]
-    same(remotely(site, FRANCE, 1.0, 2), plainly(site, FRANCE, 1.0, 2))
+    same(remotely(site, FRANCE, 1.0, 2), plainly(site.plain, FRANCE, 1.0, 2))
     assert descendants(site.server.process.pid)[: len(before)] == before
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import dataclass, field
 from typing import Any, Protocol
 
 import torch
@@ -22,29 +23,35 @@ class Dictionary(Protocol):
         ...
 
 
+@dataclass(eq=False)
+class _Seen:
+    """What a run leaves, which comes back from where it ran."""
+
+    features: torch.Tensor | None = field(default=None, metadata={"travels": "back"})
+
+
+@dataclass(eq=False)
 class Spliced:
-    """A model with a dictionary in it, as a context; made by `splice`.
+    """A model with a dictionary in it, as a context; made by `splice`."""
 
-    Args:
-        model: The model.
-        features: The features `[batch, pos, feature]` of the last run, after `change`.
-    """
-
-    def __init__(self, model: LanguageModel | None = None) -> None:
-        self._model = model
-        self.features: torch.Tensor | None = None
+    _model: LanguageModel
+    _seen: _Seen
 
     @property
     def model(self) -> LanguageModel:
         """The model with the dictionary in it, which shares the weights of the one without."""
-        assert self._model is not None
         return self._model
+
+    @property
+    def features(self) -> torch.Tensor | None:
+        """The features `[batch, pos, feature]` of the last run, after `change`; None where there was none."""
+        return self._seen.features
 
     def __enter__(self) -> Spliced:
         return self
 
     def __exit__(self, *_error: object) -> None:
-        self.features = None
+        self._seen.features = None
 
 
 def splice(
@@ -108,13 +115,12 @@ def splice(
         raise errors.InputError(
             f"{given!r} comes after {into!r}: the dictionary cannot be given what is not there yet."
         )
-    spliced = Spliced()
+    seen = _Seen()
     with model.edit() as edited:
         value = given.read()
         live = value if given == into else into.read()
-        into.write(_reconstruct(dictionary, value, live, error, change, spliced))
-    spliced._model = edited
-    return spliced
+        into.write(_reconstruct(dictionary, value, live, error, change, seen))
+    return Spliced(edited, seen)
 
 
 def _reconstruct(
@@ -123,12 +129,12 @@ def _reconstruct(
     live: torch.Tensor,
     error: bool,
     change: Callable[[torch.Tensor], torch.Tensor] | None,
-    spliced: Spliced,
+    seen: _Seen,
 ) -> torch.Tensor:
     """What is to stand for `live`, from the features of `value`."""
     features: Any = dictionary.encode(value)
     kept = features if change is None else change(features)
-    spliced.features = kept
+    seen.features = kept
     new = dictionary.decode(kept)
     if new.shape != live.shape:
         raise errors.InputError(f"The dictionary gives {list(new.shape)} where the model has {list(live.shape)}.")

@@ -43,7 +43,10 @@ from ._nodes import ModuleNode as ModuleNode
 from ._nodes import Node as Node
 from ._nodes import SiteNode as SiteNode
 from ._nodes import Tree as Tree
+from ._state import results_of as results_of
+from ._state import state_of as state_of
 from ._tensors import TensorInfo as TensorInfo
 from ._tensors import TensorWriter as TensorWriter
+from ._tensors import is_as_sent as is_as_sent
 from ._tensors import read_tensors as read_tensors
 from ._versions import versions as versions

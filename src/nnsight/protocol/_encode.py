@@ -71,14 +71,15 @@ class Encoder:
     @contextmanager
     def _inside(self, part: str) -> Any:
         if len(self._where) > _DEEPEST:
-            raise TravelError(f"{self._name()} cannot travel: it is nested more than {_DEEPEST} levels deep.")
+            raise TravelError(f"{self.name()} cannot travel: it is nested more than {_DEEPEST} levels deep.")
         self._where.append(part)
         try:
             yield
         finally:
             self._where.pop()
 
-    def _name(self) -> str:
+    def name(self) -> str:
+        """What the value that is being encoded is called."""
         return "`" + "".join(self._where[:8]) + ("…`" if len(self._where) > 8 else "`")
 
     def _encode(self, value: Any) -> Tree:
@@ -107,7 +108,7 @@ class Encoder:
         try:
             return TensorNode(self.tensors.add(value, data_only=self._data_only))
         except TravelError as error:
-            raise TravelError(f"{self._name()} cannot travel: it is {error}.") from None
+            raise TravelError(f"{self.name()} cannot travel: it is {error}.") from None
 
     def hold(self, value: Any, contents: Callable[[Any], Container]) -> HeldNode:
         """The node for a container, whose contents are encoded once."""
@@ -142,7 +143,7 @@ class Encoder:
             return SliceNode(*(self._encode(part) for part in (value.start, value.stop, value.step)))
         apart = take_apart(value)
         if apart is None:
-            raise TravelError(f"{self._name()} cannot travel: {_describe(value)}.")
+            raise TravelError(f"{self.name()} cannot travel: {_describe(value)}.")
         if type(apart.parts) is not dict:
             return PartsNode(apart.kind, [], [self._part(part) for part in apart.parts])
         encode = self._field if is_model_output(apart.kind) else self._named

@@ -13,6 +13,7 @@ from ..errors import ProtocolError, TravelError
 
 ALIGNMENT = 64
 _MOST_DIMENSIONS = 64
+_PIECE = 2**18  # bytes that are compared at a time
 _NAMES = (
     *("bool", "uint8", "int8", "int16", "int32", "int64", "uint16", "uint32", "uint64"),
     *("float16", "bfloat16", "float32", "float64", "complex64", "complex128"),
@@ -116,6 +117,20 @@ def read_tensors(infos: Sequence[TensorInfo], payload: bytes | bytearray | memor
     for info, size in zip(infos, sizes, strict=True):
         tensors.append(_read(info, view[info.start : info.start + size], tensors))
     return tensors
+
+
+def is_as_sent(tensor: torch.Tensor, info: TensorInfo, payload: bytes | bytearray | memoryview) -> bool:
+    """Whether a tensor that was read still has its numbers: not every change in place counts as one for PyTorch."""
+    if info.kind == "fake":
+        return True
+    flat = tensor.detach().resolve_conj().resolve_neg().to("cpu").contiguous()
+    if list(flat.shape) != info.shape or flat.dtype is not DTYPES[info.dtype]:
+        return False
+    data = memoryview(payload)[info.start : info.start + flat.nbytes]
+    return all(
+        bytes(data[at : at + _PIECE]) == ctypes.string_at(flat.data_ptr() + at, min(_PIECE, flat.nbytes - at))
+        for at in range(0, flat.nbytes, _PIECE)
+    )
 
 
 def _checked_size(number: int, info: TensorInfo) -> int:

@@ -10,7 +10,7 @@ import torch
 
 from .._capture import Block, Scope
 from ..errors import ProtocolError
-from ..protocol import Answer, Change, Decoder, Failure, read_outcome, read_tensors
+from ..protocol import Answer, Change, Decoder, Failure, read_outcome, read_tensors, state_of
 from ._failure import exception_of
 from ._job import Written
 from ._unsaved import NotSaved
@@ -69,7 +69,8 @@ def _apply(change: Change, decoder: Decoder, written: Written) -> None:
         mine.update(new)
     elif isinstance(new, dict):
         target = mine if isinstance(mine, dict) else vars(mine)
-        target.clear()
+        for name in mine.copy() if isinstance(mine, dict) else state_of(mine):  # what did not go with the job stays
+            del target[name]
         target.update(new)
     else:
         raise ProtocolError("a changed container is of another kind than the one that was sent")

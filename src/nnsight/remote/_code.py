@@ -13,11 +13,13 @@ import textwrap
 from collections.abc import Iterator
 from functools import cache
 from pathlib import Path
-from types import CodeType, FunctionType, ModuleType
+from types import FunctionType, ModuleType
 from typing import Any, NamedTuple
 
 from .._capture import names_of, parse
 from ..errors import TravelError
+from ._current import check_class, check_function, nested
+from ._find import Found, find_class, find_lambda
 
 
 class Source(NamedTuple):
@@ -64,19 +66,25 @@ def source_of(definition: FunctionType | type) -> Source:
     """
     name = definition.__qualname__
     try:
-        lines, first = inspect.getsourcelines(definition)
-        filename = inspect.getsourcefile(definition) or "<unknown>"
+        found = _found(definition)
     except (OSError, TypeError) as error:
         raise TravelError(f"{name!r} cannot travel: its source is not available ({error}).") from error
-    text = textwrap.dedent("".join(lines))
-    if isinstance(definition, FunctionType) and definition.__name__ == "<lambda>":
-        text, first = _lambda_text(definition, lines, first)
-    statements = _parsed(text, name)
-    found = names_of(statements)
+    statements = _parsed(found.text, name)
     if isinstance(definition, FunctionType):
         _refuse_outward(definition, name)
-        _check_current(definition, statements, name)
-    return Source(text, filename, first, definition.__name__, found.read)
+        check_function(definition, statements)
+    else:
+        check_class(definition, statements)
+    return Source(*found, definition.__name__, names_of(statements).read)
+
+
+def _found(definition: FunctionType | type) -> Found:
+    if isinstance(definition, type):
+        return find_class(definition)
+    if definition.__name__ == "<lambda>":
+        return find_lambda(definition)
+    lines, first = inspect.getsourcelines(definition)
+    return Found(textwrap.dedent("".join(lines)), inspect.getsourcefile(definition) or "<unknown>", first)
 
 
 def _parsed(text: str, name: str) -> list[ast.stmt]:
@@ -86,40 +94,9 @@ def _parsed(text: str, name: str) -> list[ast.stmt]:
         raise TravelError(f"{name!r} cannot travel: its source cannot be read ({error.msg}).") from error
 
 
-def _lambda_text(function: FunctionType, lines: list[str], first: int) -> tuple[str, int]:
-    """`_ = lambda …` for the one lambda on these lines that compiles to the code of `function`."""
-    text = textwrap.dedent("".join(lines))
-    tree = None
-    for candidate in (text, text.strip().rstrip(",")):
-        try:
-            tree = parse(candidate)
-            break
-        except SyntaxError:
-            continue
-    if tree is None:
-        raise TravelError("A lambda cannot travel from within a longer expression: define it with `def`.")
-    found = [node for node in ast.walk(tree) if isinstance(node, ast.Lambda)]
-    found = [node for node in found if [arg.arg for arg in node.args.args] == _arguments(function.__code__)]
-    same = [node for node in found if _compiled_alike(node, function)] or found
-    if len({ast.unparse(node) for node in same}) != 1:
-        raise TravelError("A lambda cannot travel where several stand on its line: define it with `def`.")
-    return f"_ = {ast.unparse(same[0])}\n", first + same[0].lineno - 1
-
-
-def _arguments(code: CodeType) -> list[str]:
-    return list(code.co_varnames[: code.co_argcount])
-
-
-def _compiled_alike(node: ast.Lambda, function: FunctionType) -> bool:
-    code = compile(ast.unparse(node), "<lambda>", "eval").co_consts
-    inner = next(constant for constant in code if isinstance(constant, CodeType))
-    mine = function.__code__
-    return _constants(inner) == _constants(mine) and _words(inner) == _words(mine)
-
-
 def _refuse_outward(function: FunctionType, name: str) -> None:
     code = function.__code__
-    for found in _nested(code):
+    for found in nested(code):
         for instruction in dis.get_instructions(found):
             outward = instruction.opname in ("STORE_GLOBAL", "DELETE_GLOBAL") or (
                 instruction.opname == "STORE_DEREF" and instruction.argval in code.co_freevars
@@ -129,33 +106,6 @@ def _refuse_outward(function: FunctionType, name: str) -> None:
                     f"{name!r} cannot travel: it assigns {instruction.argval!r}, a variable outside it, which would "
                     "change on the server alone. Return the value instead."
                 )
-
-
-def _check_current(function: FunctionType, statements: list[ast.stmt], name: str) -> None:
-    """Refuse a text that is not what the function was compiled from."""
-    loader = getattr(sys.modules.get(function.__module__), "__loader__", None)
-    if loader is not None and type(loader).__name__ == "AssertionRewritingHook":
-        return  # the code is not that of the source alone
-    module = compile(ast.Module(statements, []), "<source>", "exec")
-    wanted = function.__code__
-    codes = [code for code in _nested(module) if code.co_name == wanted.co_name]
-    if not any(_constants(code) == _constants(wanted) and _words(code) == _words(wanted) for code in codes):
-        raise TravelError(f"{name!r} cannot travel: its file has changed since it was loaded. Load it again.")
-
-
-def _constants(code: CodeType) -> list[str]:
-    return sorted(f"{type(c).__name__} {c!r}" for c in code.co_consts if not isinstance(c, CodeType))
-
-
-def _words(code: CodeType) -> set[str]:
-    return {*code.co_names, *code.co_varnames, *code.co_freevars, *code.co_cellvars}
-
-
-def _nested(code: CodeType) -> Iterator[CodeType]:
-    yield code
-    for constant in code.co_consts:
-        if isinstance(constant, CodeType):
-            yield from _nested(constant)
 
 
 def free_variables(definition: FunctionType | type, reads: frozenset[str]) -> dict[str, Any]:

@@ -6,6 +6,7 @@ import builtins
 import dataclasses
 import inspect
 from collections.abc import Mapping, Sequence
+from enum import Enum
 from types import BuiltinFunctionType, FunctionType, MethodType, ModuleType
 from typing import Any, NamedTuple
 
@@ -15,7 +16,7 @@ from torch.nn import Module
 from .._capture import Block, Scope
 from ..envoy import Envoy
 from ..errors import TravelError
-from ..modeling import NNsight
+from ..modeling import NNsight, take_apart
 from ..names import Site
 from ..protocol import (
     VERSION,
@@ -35,13 +36,27 @@ from ..protocol import (
     Node,
     SiteNode,
     StoredIntervention,
+    results_of,
+    state_of,
     write_frame,
 )
 from ..trace import Edit
 from ._code import free_variables, globals_of, is_installed, registered, source_of
+from ._modules import Memory, check_module
 from ._unsaved import NotSaved
 
 _ABSENT: Any = object()
+_NO_INSTANCES = (Mapping, Sequence, torch.Tensor, BaseException, Enum)
+_MADE_IN_PYTHON = 1 << 9  # of a class's flags
+_OWN_WAYS = (
+    "__reduce__",
+    "__reduce_ex__",
+    "__getstate__",
+    "__setstate__",
+    "__getnewargs__",
+    "__getnewargs_ex__",
+    "__del__",
+)
 
 
 class Written(NamedTuple):
@@ -80,6 +95,7 @@ class JobWriter:
         self._definitions: list[Any] = []
         self._texts: list[Definition] = []
         self._modules: dict[str, ModuleText] = {}
+        self._memory = Memory()
 
     def write(self, block: Block, scope: Scope) -> Written:
         """The job for a block of the user's frame.
@@ -152,6 +168,8 @@ class JobWriter:
             if name in values and name not in sent and not name.startswith("__"):
                 sent[name] = None  # a definition that reads itself finds it there
                 self._send(name, values[name], sent, bound)
+                if name in sent:
+                    sent[name] = sent.pop(name)  # after what it needs, as it is read in this order
         return number
 
     # --- what is more than data ------------------------------------------------------------------------------
@@ -252,17 +270,15 @@ class JobWriter:
         return number
 
     def _instance(self, encoder: Encoder, value: Any) -> Node | None:
-        """An object of the user's own class, a module of PyTorch, or data of nnsight: its class and its attributes."""
-        cls = type(value)
-        own = not is_installed(cls.__module__) or (
-            cls.__module__.startswith("nnsight.") and dataclasses.is_dataclass(cls)
-        )
-        if not (isinstance(value, Module) or own) or isinstance(
-            value, (Mapping, Sequence, torch.Tensor, BaseException)
-        ):
+        """An object of the user's own class, a module of PyTorch, or plain data of a library: its class and attributes."""
+        if not (isinstance(value, Module) or _is_plain(value)) or isinstance(value, _NO_INSTANCES):
             return None
+        cls = type(value)
         if not hasattr(value, "__dict__") or any(vars(base).get("__slots__") for base in cls.__mro__[:-1]):
             return None
+        if isinstance(value, Module):
+            check_module(value, encoder.name())
+            self._memory.add(value, encoder.name())
         made = self._class(cls)
         return encoder.hold(value, lambda held: InstanceNode(made, _attributes(encoder, held)))
 
@@ -274,7 +290,23 @@ class JobWriter:
 
 
 def _attributes(encoder: Encoder, value: Any) -> list[tuple[str, Any]]:
-    return [(name, encoder.encode(item, f".{name}")) for name, item in vars(value).items()]
+    state = {**state_of(value), **dict.fromkeys(results_of(value))}
+    return [(name, encoder.encode(item, f".{name}")) for name, item in state.items()]
+
+
+def _is_plain(value: Any) -> bool:
+    """Whether an object is of the user's own class, or what its attributes say all about."""
+    cls = type(value)
+    if not is_installed(cls.__module__):
+        return True
+    if cls.__module__.partition(".")[0] == "nnsight":
+        return dataclasses.is_dataclass(cls)
+    in_python = all(base.__flags__ & _MADE_IN_PYTHON for base in cls.__mro__[:-1])
+    return in_python and not any(_overrides(cls, name) for name in _OWN_WAYS) and take_apart(value) is None
+
+
+def _overrides(cls: type, name: str) -> bool:
+    return getattr(cls, name, None) is not getattr(object, name, None)
 
 
 def _is_importable(value: Any) -> bool:

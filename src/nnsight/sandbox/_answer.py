@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -10,8 +9,9 @@ import torch
 from .._capture import Block, Scope
 from ..errors import TravelError
 from ..modeling import take_apart
-from ..protocol import Answer, Change, Encoder, GivenNode, Node
+from ..protocol import Answer, Change, Encoder, GivenNode, Node, is_as_sent, results_of, state_of
 from ..trace import Cache
+from ._rebuild import JobReader
 
 _ABSENT: Any = object()
 _SMALL = (type(None), bool, int, float, complex, str, bytes, torch.Size, torch.dtype, torch.device)
@@ -20,9 +20,10 @@ _SMALL = (type(None), bool, int, float, complex, str, bytes, torch.Size, torch.d
 class Given:
     """The containers and tensors that came with a job, as they were when its block began."""
 
-    def __init__(self, containers: dict[int, Any], tensors: Sequence[torch.Tensor]) -> None:
-        self.containers = containers
-        self.tensors = tensors
+    def __init__(self, reader: JobReader) -> None:
+        self.containers = containers = reader.containers
+        self.tensors = tensors = reader.tensors
+        self._reader = reader
         self._before = {number: _contents(value) for number, value in containers.items()}
         self._versions = [_version(tensor) for tensor in tensors]
         self._numbers = {id(value): number for number, value in containers.items()}
@@ -46,8 +47,12 @@ class Given:
 
     def changed_tensors(self) -> list[int]:
         """The tensors that were changed in place, or have another gradient."""
-        now = [_version(tensor) for tensor in self.tensors]
-        return [number for number, pair in enumerate(zip(now, self._versions, strict=True)) if pair[0] != pair[1]]
+        infos, payload = self._reader.job.tensors, self._reader.payload
+        return [
+            number
+            for number, tensor in enumerate(self.tensors)
+            if _version(tensor) != self._versions[number] or not is_as_sent(tensor, infos[number], payload)
+        ]
 
 
 def write_answer(encoder: Encoder, block: Block, scope: Scope, saved: list[Any], given: Given) -> Answer:
@@ -91,6 +96,7 @@ def _change(encoder: Encoder, number: int, known: set[int], given: Given) -> Cha
     container = given.containers[number]
     contents = _contents(container)
     before = {id(item) for item in _parts(given._before[number])}
+    known = known | {id(item) for item in results_of(container).values()}
     for item in _parts(contents):
         if id(item) not in before and not isinstance(item, _SMALL) and not _is_saved(item, known, given):
             raise TravelError(
@@ -105,7 +111,7 @@ def _change(encoder: Encoder, number: int, known: set[int], given: Given) -> Cha
 def _contents(value: Any) -> tuple[Any, ...] | dict[Any, Any]:
     if isinstance(value, dict):
         return dict(value)
-    return tuple(value) if isinstance(value, (list, set)) else dict(vars(value))
+    return tuple(value) if isinstance(value, (list, set)) else state_of(value)
 
 
 def _parts(contents: tuple[Any, ...] | dict[Any, Any]) -> list[Any]:

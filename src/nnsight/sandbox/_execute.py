@@ -80,7 +80,7 @@ def _run(job: Job, reader: JobReader, served: NNsight, seeded: bool, files: File
     block, scope = reader.bound(job.main)
     args = tuple(reader.decode(value) for value in job.args)
     kwargs = {name: reader.decode(value) for name, value in job.kwargs.items()}
-    given = Given(reader.containers, reader.tensors)
+    given = Given(reader)
     random_numbers = _random_numbers(job.seed if seeded else None)
     with files.holding(reader.files), random_numbers, collecting_saves() as saved:
         _run_block(models[0], job, block, scope, args, kwargs)

@@ -8,9 +8,12 @@ import importlib
 import linecache
 import sys
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
+from threading import RLock
 from types import ModuleType
 from typing import Any, ClassVar
+
+import torch
 
 from .._capture import Block, Scope
 from ..envoy import Envoy
@@ -41,6 +44,7 @@ class JobReader(Decoder):
     def __init__(self, job: Job, payload: bytes | memoryview, show: Callable[..., None]) -> None:
         super().__init__(read_tensors(job.tensors, payload), job.containers)
         self.job = job
+        self.payload = payload
         self.models: list[NNsight] = []
         self.definitions: dict[int, Any] = {}
         self.files: dict[str, list[str]] = {}
@@ -91,9 +95,11 @@ class JobReader(Decoder):
         if not isinstance(cls, type):
             raise ProtocolError("an instance of something that is no class")
         made = self.containers[index] = object.__new__(cls)
-        state = vars(made)
-        for name, value in node.state:
-            state[name] = self.decode(value)
+        state = {name: self.decode(value) for name, value in node.state}
+        if isinstance(made, torch.nn.Module):
+            made.__setstate__(state)
+        else:
+            vars(made).update(state)
         return made
 
     def _envoy(self, node: EnvoyNode) -> Envoy | Any:
@@ -114,13 +120,20 @@ class JobReader(Decoder):
             return self.definitions[index]
         if not 0 <= index < len(self.job.definitions):
             raise ProtocolError(f"there is no definition {index}")
+        text = self.job.definitions[index]
+        space = self.namespace(text.namespace)
+        if index in self.definitions:  # it is among the names there
+            return self.definitions[index]
         if index in self._making:
             raise ProtocolError("a definition needs itself to be made")
         self._making.add(index)
-        text = self.job.definitions[index]
-        space = self.namespace(text.namespace)
         self._remember(text)
-        made = _define(text, space, {name: self.decode(node) for name, node in text.free.items()})
+        tree = ast.parse(text.source)
+        needed = set(_needed_at_once(tree))
+        for name, node in self.job.namespaces[text.namespace].values.items():
+            if name in needed and name not in space:
+                space[name] = self.decode(node)
+        made = _define(text, tree, space, {name: self.decode(node) for name, node in text.free.items()})
         self.definitions[index] = made
         if not text.free:
             space.setdefault(text.name, made)
@@ -206,10 +219,22 @@ def _block(text: BlockText) -> Block:
     )
 
 
-def _define(text: Definition, space: dict[str, Any], free: dict[str, Any]) -> Any:
+def _needed_at_once(node: ast.AST) -> Iterator[str]:
+    """The names that a definition reads when it is made: bases, decorators, defaults, the body of a class."""
+    if isinstance(node, ast.Name):
+        yield node.id
+    parts: list[ast.AST] = list(ast.iter_child_nodes(node))
+    if isinstance(node, (ast.FunctionDef, ast.AsyncFunctionDef)):
+        parts = [*node.decorator_list, *node.args.defaults, *filter(None, node.args.kw_defaults)]
+    elif isinstance(node, ast.Lambda):
+        parts = [*node.args.defaults, *filter(None, node.args.kw_defaults)]
+    for part in parts:
+        yield from _needed_at_once(part)
+
+
+def _define(text: Definition, tree: ast.Module, space: dict[str, Any], free: dict[str, Any]) -> Any:
     """Run a definition's source as the body of a function whose variables are its free ones."""
     name = text.name if text.name.isidentifier() else "_"
-    tree = ast.parse(text.source)
     ast.increment_lineno(tree, text.first_line - 1)
     outer = ast.parse(f"def outer({', '.join(sorted(free))}): return {name}").body[0]
     assert isinstance(outer, ast.FunctionDef)
@@ -217,7 +242,29 @@ def _define(text: Definition, space: dict[str, Any], free: dict[str, Any]) -> An
     outer.body[:0] = tree.body
     local: dict[str, Any] = {}
     exec(compile(ast.Module([outer], []), text.filename, "exec"), space, local)
-    return local[_OUTER](**free)
+    first = tree.body[0]
+    with _module_of(space) if isinstance(first, ast.ClassDef) and first.decorator_list else nullcontext():
+        return local[_OUTER](**free)
+
+
+_defining = RLock()
+
+
+@contextmanager
+def _module_of(space: dict[str, Any]) -> Iterator[None]:
+    """Have a module of the user's found by its name: `dataclass` looks there for what the texts of annotations mean."""
+    name, module = space["__name__"], ModuleType(space["__name__"])
+    vars(module).update(space)
+    with _defining:
+        before = sys.modules.get(name)
+        sys.modules[name] = module
+        try:
+            yield
+        finally:
+            if before is None:
+                del sys.modules[name]
+            else:
+                sys.modules[name] = before
 
 
 def _imported(node: ImportNode) -> Any:

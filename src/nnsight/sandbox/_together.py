@@ -97,7 +97,7 @@ def _member(number: int, frame: bytes, served: NNsight) -> _Member | None:
         shape = (_shape(served, given), job.grad, job.inference, job.strict_order)
     except Exception:  # whatever it is, the job meets it again alone
         return None
-    return _Member(number, reader, block, scope, given, Given(reader.containers, reader.tensors), shape, events)
+    return _Member(number, reader, block, scope, given, Given(reader), shape, events)
 
 
 def _shape(served: Any, given: Input) -> tuple[Any, ...]:

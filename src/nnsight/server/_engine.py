@@ -64,9 +64,7 @@ class EngineReplica:
         self.model = model
         self.host = host
         self.ready = threading.Event()
-        self.rested = threading.Event()
         self.failure: str | None = None
-        self.cramped = False
         self._queue = work
         self._news = news
         self._limits = limits
@@ -85,14 +83,6 @@ class EngineReplica:
         """Begin to start the engine and to take jobs."""
         for thread in self._threads:
             thread.start()
-
-    def rest(self) -> None:
-        """Never asked for: an engine keeps its memory."""
-        raise NotImplementedError
-
-    def wake(self) -> None:
-        """Never asked for."""
-        raise NotImplementedError
 
     def end(self, seconds: float | None = None) -> None:
         """Take no more jobs, and wait for those that run."""

@@ -6,7 +6,7 @@ import threading
 import time
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
-from typing import Protocol
+from typing import Protocol, runtime_checkable
 
 from ..errors import NNsightError
 from ..protocol import ModelInfo
@@ -34,14 +34,21 @@ class Member(Protocol):
     """What serves a model: a `Replica`, or an `EngineReplica`."""
 
     ready: threading.Event
-    rested: threading.Event
     failure: str | None
-    cramped: bool
 
     def start(self) -> None: ...
+    def end(self, seconds: float | None = None) -> None: ...
+
+
+@runtime_checkable
+class Restable(Member, Protocol):
+    """What can give its memory back and take it again, as every member of a fleet with a budget: a `Replica`."""
+
+    rested: threading.Event
+    cramped: bool
+
     def rest(self) -> None: ...
     def wake(self) -> None: ...
-    def end(self, seconds: float | None = None) -> None: ...
 
 
 @dataclass
@@ -51,8 +58,14 @@ class _Served:
     replicas: Sequence[Member] = ()
     since: float = field(default_factory=time.time)  # of its tier
 
+    def restable(self) -> list[Restable]:
+        """The replicas of a fleet with a budget."""
+        found = [replica for replica in self.replicas if isinstance(replica, Restable)]
+        assert len(found) == len(self.replicas), "an engine keeps its memory, so it has no budget"
+        return found
+
     def holds(self) -> bool:
-        return any(not replica.rested.is_set() for replica in self.replicas)
+        return any(not replica.rested.is_set() for replica in self.restable())
 
 
 class Fleet:
@@ -158,8 +171,7 @@ class Fleet:
             self._served[model] = _Served(size)
             self._keep(self.names())
             log.info("model deployed", extra={"model": model})
-            held = sum(each.size for each in self._served.values() if each.holds())
-            if self._fits(held + size):
+            if self._budget is None or self._fits(size + self._held()):
                 self._turn(model, "hot")
 
     def evict(self, model: str) -> None:
@@ -198,6 +210,9 @@ class Fleet:
     def _fits(self, size: int) -> bool:
         return self._budget is None or size <= self._budget.memory
 
+    def _held(self) -> int:
+        return sum(served.size for served in self._served.values() if served.holds())
+
     def _make_replicas(self, model: str) -> None:
         self._served[model].replicas = self._make(model)
         self._served[model].tier = "hot"
@@ -228,7 +243,7 @@ class Fleet:
                     running.get(model, 0),
                     now - max(used.get(model, 0.0), served.since if served.tier == "hot" else 0.0),
                     now - served.since,
-                    any(replica.cramped for replica in served.replicas),
+                    any(replica.cramped for replica in served.restable()),
                 )
                 for model, served in self._served.items()
             ]
@@ -241,13 +256,12 @@ class Fleet:
         begin = tier == "hot" and not (served.replicas and served.tier == "warm")
         if begin and not served.replicas:
             self._make_replicas(model)
-        for replica in served.replicas:
-            if begin:
+        if begin:
+            for replica in served.replicas:
                 replica.start()
-            elif tier == "hot":
-                replica.wake()
-            elif tier == "warm":
-                replica.rest()
+        elif tier != "cold":
+            for replica in served.restable():
+                (replica.wake if tier == "hot" else replica.rest)()
         if tier == "cold":
             _end(served.replicas, DRAIN)
             served.replicas = ()

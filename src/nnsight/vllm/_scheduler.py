@@ -23,7 +23,7 @@ class LaneScheduler(AsyncScheduler):
 
     def schedule(self, *args: Any, **kwargs: Any) -> Any:
         """As vLLM's own, with those hidden that would be cut or taken back, and whoever comes after them."""
-        self.running.sort(key=_has_no_block)
+        self.running.sort(key=lambda request: not _has_block(request))
         hidden = self._to_wait() if any(_has_block(request) for request in self.waiting) else []
         if not hidden:
             return super().schedule(*args, **kwargs)
@@ -62,7 +62,3 @@ class LaneScheduler(AsyncScheduler):
 def _has_block(request: Any) -> bool:
     params = request.sampling_params
     return params is not None and EXTRA in (params.extra_args or ())
-
-
-def _has_no_block(request: Any) -> bool:
-    return not _has_block(request)

@@ -1,0 +1,138 @@
+"""Whether a function or class is still what its source says; another one would run elsewhere than here."""
+
+from __future__ import annotations
+
+import ast
+import sys
+from abc import ABCMeta
+from collections.abc import Iterator, Sequence
+from types import CodeType, FunctionType
+from typing import Any
+
+from ..errors import TravelError
+
+_CHANGED = "{name!r} cannot travel: its file has changed since it was loaded. Load it again."
+_METHOD = """\
+{name!r} cannot travel: its {part!r} is not the one in its source (or the file has changed since it was loaded). Write it into \
+the class, or set it on the instance."""
+
+
+def check_function(function: FunctionType, statements: Sequence[ast.stmt]) -> None:
+    """Refuse a text that is not what the function was compiled from.
+
+    Raises:
+        TravelError: It is another one.
+    """
+    code = function.__code__
+    if not _is_rewritten(function.__module__) and not _is_among(code, _codes(statements, code.co_flags)):
+        raise TravelError(_CHANGED.format(name=function.__qualname__))
+
+
+def check_class(cls: type, statements: Sequence[ast.stmt]) -> None:
+    """Refuse a class whose methods, or attributes of plain data, were set after it was made; one with decorators is believed.
+
+    Raises:
+        TravelError: One was.
+    """
+    node = statements[0]
+    if not isinstance(node, ast.ClassDef) or node.decorator_list or type(cls) not in (type, ABCMeta):
+        return
+    flags = next((value.__code__.co_flags for value in vars(cls).values() if isinstance(value, FunctionType)), 0)
+    codes = [] if _is_rewritten(cls.__module__) else list(_codes(statements, flags))
+    for name, part in _written(node).items():
+        if name.startswith("__") and not name.endswith("__"):
+            continue  # known by another name
+        value = vars(cls).get(name)
+        if isinstance(part, ast.expr):
+            stays = _says(part, value)
+        else:
+            function = getattr(value, "__func__", value)
+            stays = isinstance(function, FunctionType) and (not codes or _is_among(function.__code__, codes))
+        if not stays:
+            raise TravelError(_METHOD.format(name=cls.__qualname__, part=name))
+    known = {*_bound(node), "_abc_impl"}
+    added = [
+        name
+        for name in vars(cls)
+        if name not in known and not name.startswith(("__", f"_{cls.__name__.lstrip('_')}__"))
+    ]
+    if added and all("__init_subclass__" not in vars(base) for base in cls.__mro__[:-1]):
+        raise TravelError(_METHOD.format(name=cls.__qualname__, part=added[0]))
+
+
+def _written(node: ast.ClassDef) -> dict[str, ast.expr | ast.stmt]:
+    """The methods without decorators and the data that a class body binds once, where nothing can have changed them."""
+    found: dict[str, ast.expr | ast.stmt] = {}
+    for part in node.body:
+        if isinstance(part, (ast.FunctionDef, ast.AsyncFunctionDef)) and not part.decorator_list:
+            found[part.name] = part
+        elif isinstance(part, ast.Assign) and len(part.targets) == 1 and isinstance(part.targets[0], ast.Name):
+            found[part.targets[0].id] = part.value
+        elif isinstance(part, ast.AnnAssign) and part.value is not None and isinstance(part.target, ast.Name):
+            found[part.target.id] = part.value
+    bound = list(_bound(node))
+    return {name: part for name, part in found.items() if bound.count(name) == 1}
+
+
+def _bound(node: ast.ClassDef) -> Iterator[str]:
+    """Each name that something in a class body binds, methods' own variables included."""
+    for part in ast.walk(node):
+        if isinstance(part, ast.Name) and not isinstance(part.ctx, ast.Load):
+            yield part.id
+        elif isinstance(part, (ast.FunctionDef, ast.AsyncFunctionDef, ast.ClassDef)) and part is not node:
+            yield part.name
+        elif isinstance(part, ast.alias):
+            yield (part.asname or part.name).partition(".")[0]
+
+
+def _says(written: ast.expr, value: Any) -> bool:
+    """Whether an expression that is plain data has this value; of another one nothing is known."""
+    try:
+        wanted = ast.literal_eval(written)
+    except (ValueError, TypeError, SyntaxError, MemoryError, RecursionError):
+        return True
+    return type(wanted) is type(value) and (wanted == value or repr(wanted) == repr(value))  # a set, or nan
+
+
+def _is_rewritten(module: str) -> bool:
+    """Whether pytest compiled a module, whose code is then not that of the source alone."""
+    loader = getattr(sys.modules.get(module), "__loader__", None)
+    return loader is not None and type(loader).__name__ == "AssertionRewritingHook"
+
+
+def _codes(statements: Sequence[ast.stmt], flags: int) -> Iterator[CodeType]:
+    """What the compiler makes of statements, with annotations as text where the code with these flags has them so."""
+    module = ast.Module(list(statements), [])
+    flags &= annotations.compiler_flag
+    yield from nested(compile(module, "<source>", "exec", flags, dont_inherit=True))
+
+
+def nested(code: CodeType) -> Iterator[CodeType]:
+    """A code and those within it."""
+    yield code
+    for constant in code.co_consts:
+        if isinstance(constant, CodeType):
+            yield from nested(constant)
+
+
+def _is_among(wanted: CodeType, codes: Iterator[CodeType] | Sequence[CodeType]) -> bool:
+    return any(code.co_name == wanted.co_name and is_alike(code, wanted) for code in codes)
+
+
+def is_alike(one: CodeType, other: CodeType) -> bool:
+    """Whether two codes have the same arguments, constants and names."""
+    return all(ask(one) == ask(other) for ask in (_arguments, _constants, _words))
+
+
+def _arguments(code: CodeType) -> tuple[str, ...]:
+    return code.co_varnames[: code.co_argcount + code.co_kwonlyargcount]
+
+
+def _constants(code: CodeType) -> list[str]:
+    return sorted(
+        f"code {c.co_name}" if isinstance(c, CodeType) else f"{type(c).__name__} {c!r}" for c in code.co_consts
+    )
+
+
+def _words(code: CodeType) -> set[str]:
+    return {*code.co_names, *code.co_varnames, *code.co_freevars, *code.co_cellvars}
