@@ -150,7 +150,7 @@ class RemoteJob:
         told, answer = (body, b"") if end < 0 else (body[:end], memoryview(body)[end + 1 :])
         try:
             state = _state.decode(told)
-        except msgspec.MsgspecError as error:
+        except (msgspec.MsgspecError, UnicodeDecodeError) as error:
             raise ServerError(f"The server's answer cannot be read: {error}") from error
         self._state = state
         self._progress.show(state)

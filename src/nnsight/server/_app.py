@@ -230,7 +230,7 @@ def _content(name: str) -> dict[str, Any]:
 def _order(body: bytes) -> ModelOrder:
     try:
         return msgspec.json.decode(body, type=ModelOrder)
-    except msgspec.MsgspecError as error:
+    except (msgspec.MsgspecError, UnicodeDecodeError) as error:
         raise ProtocolError(f"the body does not name a model: {error}") from error
 
 
