@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import itertools
-from collections.abc import Iterator, Sequence
-from typing import NamedTuple, Protocol
+from collections.abc import Sequence
+from typing import Protocol
 
 import torch
 
@@ -47,48 +47,68 @@ class Newest:
         return torch.cat([live[: self._start], new])
 
 
-class _Stage(NamedTuple):
-    """The layers from one where rows join to the next such one; None for the end."""
+class Rising:
+    """Runs of rows that join a batch on its way up.
 
-    group: Group
-    rows: Sequence[Row]
-    until: int | None
+    The forward is cut wherever rows join. With them goes a plain row, until each part of the forward has been seen to give
+    it what it has in the plain run.
+
+    Args:
+        groups: What is run, in the order of the layers.
+        stream: The plain run's residual stream before each layer, `[layer, prompt, pos, d_model]`.
+        final: What leaves its last layer, as `run` returns it, of the first prompt.
+        run: Runs some layers.
+        trims: Whether the last layer's MLP may compute the last position alone.
+    """
+
+    def __init__(
+        self, groups: Sequence[Group], stream: torch.Tensor, final: torch.Tensor, run: RunLayers, *, trims: bool
+    ) -> None:
+        self._groups = groups
+        self._stream = stream
+        self._final = final
+        self._run = run
+        self._trims = trims
+        self._sound: set[tuple[int, int | None]] = set()  # parts that have been seen to
+
+    def members(self) -> list[Member]:
+        """The rows of all groups."""
+        return [(number, row) for number, group in enumerate(self._groups) for row in group.rows]
+
+    def parts(self, members: Sequence[Member]) -> list[Group]:
+        """The groups of some rows, with these rows alone."""
+        found = itertools.groupby(members, lambda member: member[0])
+        return [self._groups[number]._replace(rows=[row for _, row in some]) for number, some in found]
+
+    def run(self, members: Sequence[Member]) -> torch.Tensor | None:
+        """What leaves the last layer, `[row, pos, d_model]`, of each of these rows.
+
+        None where the plain row goes astray: something beside the residual stream goes from layer to layer.
+        """
+        parts = self.parts(members)
+        spans = list(zip([part.layer for part in parts], [*(part.layer for part in parts[1:]), None], strict=True))
+        prompts = [] if self._sound.issuperset(spans) else [0]
+        plain = len(prompts)
+        rows = self._stream[parts[0].layer, :plain]
+        for part, (layer, until) in zip(parts, spans, strict=True):
+            start = len(prompts)
+            prompts += [prompt for _, prompt in part.rows]
+            numbers = torch.tensor(prompts[start:])
+            rows = torch.cat([rows, self._stream[layer][numbers.to(rows.device)]])
+            act = part.edit([what for what, _ in part.rows], numbers, Newest(start))
+            trim = self._trims and part.before_mlp
+            rows = self._run(prompts, layer, act, trim=trim, stream=rows, until=until)
+            expected = self._final if until is None else self._stream[until, :1]
+            if plain and not close(rows[:1], expected):
+                return None
+            self._sound.add((layer, until))
+        return rows[plain:]
 
 
 def can_rise(groups: Sequence[Group]) -> bool:
     """Whether each group is edited no more where the next one joins."""
-    return all(
-        group.last is not None and group.last < following.layer for group, following in itertools.pairwise(groups)
-    )
-
-
-def rise(
-    groups: Sequence[Group], members: Sequence[Member], stream: torch.Tensor, final: torch.Tensor, run: RunLayers
-) -> torch.Tensor | None:
-    """What leaves the last layer, `[row, pos, d_model]`, of each of these rows.
-
-    The forward is cut wherever rows join. With them goes a plain row, which must have at each cut what the plain run has
-    there: None where it does not, because something beside the residual stream goes from layer to layer.
-
-    Args:
-        groups: All groups, in the order of their layers.
-        members: Which of their rows to run, group by group.
-        stream: The plain run's residual stream before each layer, `[layer, prompt, pos, d_model]`.
-        final: What leaves its last layer, as `run` returns it, of the first prompt.
-        run: Runs some layers.
-    """
-    prompts = [0]
-    rows = stream[groups[members[0][0]].layer, :1]
-    for group, joining, until in _stages(groups, members):
-        start = len(prompts)
-        prompts += [prompt for _, prompt in joining]
-        numbers = torch.tensor(prompts[start:])
-        rows = torch.cat([rows, stream[group.layer][numbers.to(stream.device)]])
-        act = group.edit([what for what, _ in joining], numbers, Newest(start))
-        rows = run(prompts, group.layer, act, trim=group.before_mlp, stream=rows, until=until)
-        if not close(rows[:1], final if until is None else stream[until, :1]):
-            return None
-    return rows[1:]
+    ends = [group.last for group in groups if group.last is not None]
+    return len(ends) == len(groups) and all(end < group.layer for end, group in zip(ends, groups[1:], strict=False))
 
 
 def close(found: torch.Tensor, expected: torch.Tensor) -> bool:
@@ -96,10 +116,3 @@ def close(found: torch.Tensor, expected: torch.Tensor) -> bool:
     tolerance = 1e-4 if expected.dtype in (torch.float32, torch.float64) else 2e-2
     atol = tolerance * float(expected.abs().max())
     return found.shape == expected.shape and torch.allclose(found, expected, rtol=tolerance, atol=atol)
-
-
-def _stages(groups: Sequence[Group], members: Sequence[Member]) -> Iterator[_Stage]:
-    parts = [(number, list(some)) for number, some in itertools.groupby(members, lambda member: member[0])]
-    ends: list[int | None] = [groups[number].layer for number, _ in parts[1:]]
-    for (number, some), until in zip(parts, [*ends, None], strict=True):
-        yield _Stage(groups[number], [row for _, row in some], until)

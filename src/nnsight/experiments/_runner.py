@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import inspect
-import itertools
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any, TypeVar
 
@@ -15,7 +14,7 @@ from ._groups import Act, Group, Row
 from ._memory import Budget
 from ._packed import NEEDED, Packing
 from ._prompts import Prompts
-from ._rising import Member, can_rise, close, rise
+from ._rising import Member, Rising, can_rise, close
 from ._scoring import Scoring
 
 Found = TypeVar("Found")
@@ -51,7 +50,6 @@ class Runner:
         self._final: torch.Tensor | None = None  # of the first unit, where runs can be finished from the stream
         self._logits: torch.Tensor | None = None  # of the first unit
         self._tail_bytes = 0
-        self._rises = True  # until it is seen that this model cannot be cut between its layers
         self._trims = False  # whether the last layer's MLP may compute the last position alone
         self.packing: Packing | None = None  # where rows can be packed
         self._accepted = inspect.signature(type(model._model).forward).parameters
@@ -180,38 +178,37 @@ class Runner:
         self, groups: Sequence[Group], done: Callable[[int], Any]
     ) -> Iterator[tuple[Sequence[int], torch.Tensor]]:
         """Of some rows at a time their prompts, and what leaves the last layer, or the metric."""
-        if self._may_rise(groups):
-            members = [(number, row) for number, group in enumerate(groups) for row in group.rows]
-            for batch in self.budget.split(members, self.unit, spare=1):
-                yield [prompt for _, (_, prompt) in batch], self._run_risen(groups, batch, done)
+        if not self._may_rise(groups):
+            for group in groups:
+                yield [prompt for _, prompt in group.rows], self._run_group(group, done)
             return
-        for group in groups:
-            yield [prompt for _, prompt in group.rows], self._run_group(group, done)
-
-    def _may_rise(self, groups: Sequence[Group]) -> bool:
-        """Whether rows of later groups might join those of earlier ones on their way."""
-        if self._final is None or self.model._edits or len(groups) < 2 or not can_rise(groups):
-            return False
-        return self.packing is None or any(group.first is None for group in groups)
-
-    def _run_risen(self, groups: Sequence[Group], batch: Sequence[Member], done: Callable[[int], Any]) -> torch.Tensor:
-        """What leaves the last layer of each row of a batch; group by group, where they cannot go together."""
         assert self.stream is not None
         assert self._final is not None
-        parts = [
-            groups[number]._replace(rows=[row for _, row in some])
-            for number, some in itertools.groupby(batch, lambda member: member[0])
-        ]
-        if self._rises and len(parts) > 1:
-            try:
-                found = rise(groups, batch, self.stream, self._cut(self._final[:1]), self._run_layers)
-            except Exception:  # whatever its own code raises where a model cannot be cut there
-                found = None
-            if found is not None:
+        rising = Rising(groups, self.stream, self._cut(self._final[:1]), self._run_layers, trims=self._trims)
+        for batch in self.budget.split(rising.members(), self.unit, spare=1):
+            found = None if self.stream is None else self._try_rising(rising, batch)
+            if found is None:
+                found = torch.cat([self._run_group(part, done) for part in rising.parts(batch)])
+            else:
                 done(len(batch))
-                return found
-            self._rises = False
-        return torch.cat([self._run_group(part, done) for part in parts])
+            yield [prompt for _, (_, prompt) in batch], found
+
+    def _may_rise(self, groups: Sequence[Group]) -> bool:
+        """Whether rows might join others on their way: not with stored edits, as for packed rows."""
+        if self._final is None or self.stream is None or self.model._edits or not can_rise(groups):
+            return False
+        packed = self.packing is not None and all(group.first is not None for group in groups)
+        return not packed and self.budget.each * (self.unit + 1) <= self.budget.left
+
+    def _try_rising(self, rising: Rising, batch: Sequence[Member]) -> torch.Tensor | None:
+        """What leaves the last layer of these rows; None, and no later run starts in the middle, if that goes wrong."""
+        try:
+            found = rising.run(batch)
+        except Exception:  # whatever its own code raises where a model cannot be cut there
+            found = None
+        if found is None:
+            self.stream = self.packing = None
+        return found
 
     def _run_group(self, group: Group, done: Callable[[int], Any]) -> torch.Tensor:
         """What leaves the last layer, or the metric, of each row."""
