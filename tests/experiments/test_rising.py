@@ -5,6 +5,7 @@ import torch
 
 from nnsight import LanguageModel, errors
 from nnsight.experiments import ablate, activation_patching, cross_entropy, logit_diff
+from nnsight.experiments._memory import Budget
 
 from .conftest import HEADS, LAYERS, VOCAB, Plain, build, difference
 from .test_patching import by_hooks
@@ -162,6 +163,13 @@ def test_stored_edits_are_there_in_every_run(model, ids, other_ids):
                 logits = edited.logits.save()
             expected[layer, head] = difference(logits)[0]
     torch.testing.assert_close(patched(edited, ids, other_ids).values, expected, rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize(("spare", "most"), [(0, 9), (1, 9), (2, 6), (4, 6), (5, 3)])
+def test_batches_leave_room_for_what_goes_along(spare, most):
+    batches = Budget(1000).split(range(54), unit=3, each=100, spare=spare)
+    assert [item for batch in batches for item in batch] == list(range(54))
+    assert max(map(len, batches)) == most
 
 
 def test_an_error_in_an_edit_is_told(model, ids):

@@ -28,8 +28,9 @@ class Runner:
 
     What the layers before an edit compute is known from the plain run: after `record(keep_stream=True)`, a run starts at
     the edited layer with that run's residual stream, and stops behind the last layer; what follows is done for all
-    rows together.  With `pack=True`, what the positions before an edit compute is known too, where one position at the end
-    is looked at.  A model that does not give the same that way is run from the start to the end.
+    rows together.  Rows edited at later layers join those of earlier ones on their way.  With `pack=True`, what the
+    positions before an edit compute is known too, where one position at the end is looked at.  A model that does not give
+    the same that way is run from the start to the end.
 
     Args:
         model: The model.
