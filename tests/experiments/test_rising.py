@@ -120,9 +120,10 @@ def test_ablation(model, plain, pairs, diff):
     torch.testing.assert_close(found.values, expected.permute(2, 0, 1), rtol=1e-4, atol=1e-4)
 
 
+@pytest.mark.parametrize("part", ["mlp", "attn"])
 @pytest.mark.parametrize("breaks", ["silently", "with an error"])
-def test_a_model_whose_layers_hand_on_more_than_the_stream_is_run_whole(ids, other_ids, breaks):
-    """The last layer adds what the middle one's MLP gave: a run that starts behind that one lacks it."""
+def test_a_model_whose_layers_hand_on_more_than_the_stream_is_run_whole(ids, other_ids, part, breaks):
+    """The last layer adds what a part of the middle one gave: a run that starts behind that one lacks it."""
     module = build("gpt2")
     kept = []
 
@@ -130,21 +131,24 @@ def test_a_model_whose_layers_hand_on_more_than_the_stream_is_run_whole(ids, oth
         kept.clear()
 
     def keep(_, args, out):
-        kept.append(out)
+        kept.append(out[0] if part == "attn" else out)
 
     def add(_, args, out):
         if not kept and breaks == "silently":
             return out
+        if part == "attn":
+            return (out[0] + 0.7 * kept[0], *out[1:])
         return out + 0.7 * kept[0][:, -out.shape[1] :]
 
     module.transformer.register_forward_pre_hook(forget)
-    module.transformer.h[1].mlp.register_forward_hook(keep)
-    module.transformer.h[2].mlp.register_forward_hook(add)
+    module.transformer.h[1].get_submodule(part).register_forward_hook(keep)
+    module.transformer.h[2].get_submodule(part).register_forward_hook(add)
     plain, model = Plain(module, "gpt2"), LanguageModel(module)
-    expected = by_hooks(plain, other_ids[None], ids[None], difference, "head_z", range(LAYERS), ALL_HEADS)[..., 0]
-    for memory in ("1GB", "500KB"):
-        found = patched(model, ids, other_ids, memory=memory)
-        torch.testing.assert_close(found.values, expected, rtol=1e-4, atol=1e-4)
+    for site, axis, places in (("head_z", "head", ALL_HEADS), ("resid_pre", "pos", [(pos,) for pos in range(LENGTH)])):
+        expected = by_hooks(plain, other_ids[None], ids[None], difference, site, range(LAYERS), places)[..., 0]
+        for memory in ("1GB", "500KB"):
+            found = patched(model, ids, other_ids, site=site, over=("layer", axis), memory=memory)
+            torch.testing.assert_close(found.values, expected, rtol=1e-4, atol=1e-4)
 
 
 def test_stored_edits_are_there_in_every_run(model, ids, other_ids):

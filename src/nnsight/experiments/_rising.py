@@ -86,7 +86,7 @@ class Rising:
         None where the plain row goes astray: something beside the residual stream goes from layer to layer.
         """
         parts = self.parts(members)
-        spans = list(zip([part.layer for part in parts], [*(part.layer for part in parts[1:]), None], strict=True))
+        spans = _spans([part.layer for part in parts])
         prompts = [] if self._sound.issuperset(spans) else [0]
         plain = len(prompts)
         rows = self._stream[parts[0].layer, :plain]
@@ -98,11 +98,32 @@ class Rising:
             act = part.edit([what for what, _ in part.rows], numbers, Newest(start))
             trim = self._trims and part.before_mlp
             rows = self._run(prompts, layer, act, trim=trim, stream=rows, until=until)
-            expected = self._final if until is None else self._stream[until, :1]
-            if plain and not close(rows[:1], expected):
+            if plain and not close(rows[:1], self._expected(until)):
                 return None
             self._sound.add((layer, until))
         return rows[plain:]
+
+    def is_sound(self) -> bool:
+        """Whether a plain row has what it should wherever a group starts, and at the end."""
+        for layer, until in _spans(sorted({group.layer for group in self._groups} - {0})):
+            rows = self._stream[layer, :1]
+            rows = self._run([0], layer, _nothing, trim=self._trims, stream=rows, until=until)
+            if not close(rows, self._expected(until)):
+                return False
+        return True
+
+    def _expected(self, layer: int | None) -> torch.Tensor:
+        """What enters a layer in the plain run, of the first prompt."""
+        return self._final if layer is None else self._stream[layer, :1]
+
+
+def _spans(layers: Sequence[int]) -> list[tuple[int, int | None]]:
+    """Each of these layers and the next one, None for the end."""
+    return list(zip(layers, [*layers[1:], None], strict=False))
+
+
+def _nothing() -> None:
+    """An edit that changes nothing."""
 
 
 def can_rise(groups: Sequence[Group]) -> bool:

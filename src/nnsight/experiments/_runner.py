@@ -14,7 +14,7 @@ from ._groups import Act, Group, Row
 from ._memory import Budget
 from ._packed import NEEDED, Packing
 from ._prompts import Prompts
-from ._rising import Member, Rising, can_rise, close
+from ._rising import Rising, can_rise, close
 from ._scoring import Scoring
 
 Found = TypeVar("Found")
@@ -179,35 +179,37 @@ class Runner:
         self, groups: Sequence[Group], done: Callable[[int], Any]
     ) -> Iterator[tuple[Sequence[int], torch.Tensor]]:
         """Of some rows at a time their prompts, and what leaves the last layer, or the metric."""
-        if not self._may_rise(groups):
+        rising = None
+        if self.stream is not None and self._final is not None:
+            rising = Rising(groups, self.stream, self._cut(self._final[:1]), self._run_layers, trims=self._trims)
+        if rising is None or not self._may_rise(groups):
+            if rising is not None:
+                self._try(rising.is_sound)
             for group in groups:
                 yield [prompt for _, prompt in group.rows], self._run_group(group, done)
             return
-        assert self.stream is not None
-        assert self._final is not None
-        rising = Rising(groups, self.stream, self._cut(self._final[:1]), self._run_layers, trims=self._trims)
         for batch in self.budget.split(rising.members(), self.unit, spare=1):
-            found = None if self.stream is None else self._try_rising(rising, batch)
-            if found is None:
-                found = torch.cat([self._run_group(part, done) for part in rising.parts(batch)])
-            else:
+            found = None if self.stream is None else self._try(lambda batch=batch: rising.run(batch))
+            if isinstance(found, torch.Tensor):
                 done(len(batch))
+            else:
+                found = torch.cat([self._run_group(part, done) for part in rising.parts(batch)])
             yield [prompt for _, (_, prompt) in batch], found
 
     def _may_rise(self, groups: Sequence[Group]) -> bool:
         """Whether rows might join others on their way: not with stored edits, as for packed rows."""
-        if self._final is None or self.stream is None or self.model._edits or not can_rise(groups):
+        if self.model._edits or not can_rise(groups):
             return False
         packed = self.packing is not None and all(group.first is not None for group in groups)
         return not packed and self.budget.each * (self.unit + 1) <= self.budget.left
 
-    def _try_rising(self, rising: Rising, batch: Sequence[Member]) -> torch.Tensor | None:
-        """What leaves the last layer of these rows; None, and no later run starts in the middle, if that goes wrong."""
+    def _try(self, run: Callable[[], torch.Tensor | bool | None]) -> torch.Tensor | bool | None:
+        """What `run` returns; where that is nothing, or goes wrong, no later run starts in the middle."""
         try:
-            found = rising.run(batch)
+            found = run()
         except Exception:  # whatever its own code raises where a model cannot be cut there
             found = None
-        if found is None:
+        if found is None or found is False:
             self.stream = self.packing = None
         return found
 
