@@ -11,27 +11,29 @@ CAUSAL = [name for name, family in zoo.FAMILIES.items() if "CausalLM" in type(fa
 SITES = ["resid_pre", "resid_post", "mlp_out"]
 
 
-def prepare(name):
+def prepare(name, length=5):
     torch.manual_seed(0)
     module = zoo.FAMILIES[name].make().eval()
-    ids = torch.randint(5, 60, (2, 5), generator=torch.Generator().manual_seed(1))
+    ids = torch.randint(5, 60, (2, length), generator=torch.Generator().manual_seed(1))
     return LanguageModel(module), ids
 
 
-def by_traces(model, base, source, name, layers):
-    found = torch.zeros(len(layers), len(base))
+def by_traces(model, base, source, name, layers, dim=1, count=None):
+    """The metric with each place of this dimension patched alone, by default each position."""
+    count = len(base) if count is None else count
+    found = torch.zeros(len(layers), count)
     with torch.no_grad():
         for i, layer in enumerate(layers):
             site = model.site(name, layer)
             with model.trace(source[None], use_cache=False):
                 value = site.read().clone().save()
-            for pos in range(len(base)):
+            for place in range(count):
                 with model.trace(base[None], use_cache=False):
                     live = site.read().clone()
-                    live[:, pos] = value[:, pos]
+                    live.select(dim, place).copy_(value.select(dim, place))
                     site.write(live)
                     logits = model.output.logits.save()
-                found[i, pos] = logits[0, -1].float().log_softmax(-1)[9]
+                found[i, place] = logits[0, -1].float().log_softmax(-1)[9]
     return found
 
 
@@ -48,6 +50,18 @@ def test_sweep_is_a_loop_of_traces(name):
         torch.testing.assert_close(found.values, expected, rtol=1e-4, atol=1e-4)
         compared += 1
     assert compared
+
+
+@pytest.mark.parametrize("name", CAUSAL)
+def test_sweep_over_heads_is_a_loop_of_traces(name):
+    model, (clean, corrupted) = prepare(name, length=24)  # so long that the rows of each layer join those before
+    try:
+        found = activation_patching(model, clean, corrupted, log_prob(9), "head_z", ("layer", "head"), progress=False)
+    except errors.NamesError as error:
+        pytest.skip(f"no heads: {error}")
+    layers, heads = found.axes["layer"], len(found.axes["head"])
+    expected = by_traces(model, corrupted, clean, "head_z", layers, dim=2, count=heads)
+    torch.testing.assert_close(found.values, expected, rtol=1e-4, atol=1e-4)
 
 
 @pytest.mark.parametrize("name", CAUSAL)

@@ -9,12 +9,12 @@ import torch
 
 from nnsight import LanguageModel, errors
 
+from ._groups import Group, Part
 from ._memory import Budget
-from ._packed import Layout
 from ._progress import progress_bar
 from ._prompts import encode, token_id
 from ._result import PAIR, Result
-from ._runner import Group, Runner
+from ._runner import Runner
 from ._sweep import Patch, put, sites_of
 
 Translate = Callable[[int, torch.Tensor], torch.Tensor]
@@ -157,7 +157,7 @@ def patchscope(
         site = model.site("resid_post", source.layer if target_layer is None else target_layer)
         patch = Patch(site, ((1, place),))
 
-        def edit(positions: Sequence[int], prompts: torch.Tensor, _: Layout | None) -> Callable[[], None]:
+        def edit(positions: Sequence[int], prompts: torch.Tensor, _: Part | None) -> Callable[[], None]:
             new = values[source][0, list(positions), None]
             return lambda: put(site, [patch] * len(positions), prompts, lambda live, _, __: new.expand(live.shape))
 

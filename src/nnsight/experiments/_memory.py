@@ -109,16 +109,22 @@ class Budget:
         Raises:
             InputError: Not even one unit fits.
         """
-        need = max(self.each if each is None else each, 1) * unit
-        return [run(batch) for batch in self._split(work, unit, need)]
+        return [run(batch) for batch in self.split(work, unit, each)]
 
-    def _split(self, work: Sequence[Item], unit: int, peak: int) -> list[Sequence[Item]]:
-        """`work` in batches of about the same size, none too large."""
-        if peak > self.left:
-            need = f"One run of {unit} rows needs {_show(peak)}, which"
+    def split(
+        self, work: Sequence[Item], unit: int = 1, each: int | None = None, *, spare: int = 0
+    ) -> list[Sequence[Item]]:
+        """`work` in batches of about the same size, none too large; with room for `spare` items more beside each.
+
+        Raises:
+            InputError: Not even one unit fits.
+        """
+        each = max(self.each if each is None else each, 1)
+        if each * unit > self.left:
+            need = f"One run of {unit} rows needs {_show(each * unit)}, which"
             raise errors.InputError(_TOO_SMALL.format(what=need, memory=_show(self.bytes)))
         units = -(-len(work) // unit)
-        batches = -(-units // max(self.left // max(peak, 1), 1))
+        batches = -(-units // max((self.left - spare * each) // (each * unit), 1))
         size = -(-units // max(batches, 1)) * unit
         return [work[start : start + size] for start in range(0, len(work), max(size, 1))]
 

@@ -81,6 +81,10 @@ class Layout:
         values[self.row[self._taken], self.pos[self._taken]] = live[self._taken]
         return values
 
+    def put(self, live: torch.Tensor, new: torch.Tensor) -> torch.Tensor:
+        """The live value with the values `[row, pos, …]` of all rows."""
+        return self.pack(new)
+
     def inputs(self, ids: torch.Tensor, positions: torch.Tensor, dtype: torch.dtype) -> dict[str, torch.Tensor]:
         """The model's inputs, from those of the prompts `[prompt, pos]`; nobody's places see themselves alone."""
         real = self._real[self.prompts]

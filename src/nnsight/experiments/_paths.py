@@ -10,13 +10,13 @@ import torch
 
 from nnsight import LanguageModel, errors
 
+from ._groups import Group, Part, Row
 from ._metrics import Metric
-from ._packed import Layout
 from ._patching import Direction, Over, PairRuns, axes_of
 from ._progress import progress_bar
 from ._prompts import encode_pair
 from ._result import Result
-from ._runner import Group, Row, Runner
+from ._runner import Runner
 from ._sweep import Patch, dim_of, patches_over, put, sites_of
 
 Values = dict[Any, torch.Tensor]
@@ -138,7 +138,7 @@ class _Paths:
             reached = [self._receivers[-1]]
         rows: list[Row] = list(itertools.product(senders, range(len(self._runner.prompts))))
 
-        def edit(batch: Sequence[Patch], prompts: torch.Tensor, _: Layout | None) -> Callable[[], None]:
+        def edit(batch: Sequence[Patch], prompts: torch.Tensor, _: Part | None) -> Callable[[], None]:
             given = self._given(site, batch, prompts, reached)
             return lambda: self._give(given, reached)
 

@@ -3,38 +3,21 @@
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable, Iterable, Sequence
-from typing import Any, NamedTuple, TypeVar
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from typing import Any, TypeVar
 
 import torch
 
 from nnsight import LanguageModel, errors
 
+from ._groups import Act, Group, Row
 from ._memory import Budget
-from ._packed import NEEDED, Layout, Packing
+from ._packed import NEEDED, Packing
 from ._prompts import Prompts
+from ._rising import Rising, can_rise, close
 from ._scoring import Scoring
 
-Act = Callable[[], Any]
 Found = TypeVar("Found")
-Row = tuple[Any, int]
-"""What a row of a batch is for, and the number of its prompt."""
-
-
-class Group(NamedTuple):
-    """Rows that are run from the same layer.
-
-    `edit` is given what some rows are for, their prompts `[row]` and, where they are packed, their layout; it returns what
-    is then called in their trace: that changes something at `layer` or later, `before_mlp` of the last layer at the latest.
-    Rows can be packed where `first` tells, from what a row is for, the first position that its edit touches.
-    """
-
-    rows: Sequence[Row]
-    layer: int
-    edit: Callable[[Sequence[Any], torch.Tensor, Layout | None], Act]
-    before_mlp: bool = False
-    first: Callable[[Any], int] | None = None
-
 
 _SHORTEST = 4  # the positions of prompts of which it pays to compute a part
 _COPIES = 6  # of the logits, that the model and a metric make
@@ -45,8 +28,9 @@ class Runner:
 
     What the layers before an edit compute is known from the plain run: after `record(keep_stream=True)`, a run starts at
     the edited layer with that run's residual stream, and stops behind the last layer; what follows is done for all
-    rows together.  With `pack=True`, what the positions before an edit compute is known too, where one position at the end
-    is looked at.  A model that does not give the same that way is run from the start to the end.
+    rows together.  Rows edited at later layers join those of earlier ones on their way.  With `pack=True`, what the
+    positions before an edit compute is known too, where one position at the end is looked at.  A model that does not give
+    the same that way is run from the start to the end.
 
     Args:
         model: The model.
@@ -164,9 +148,7 @@ class Runner:
             found = run()
         except Exception:  # whatever its own code raises where a model cannot be started in the middle
             return False
-        tolerance = 1e-4 if expected.dtype in (torch.float32, torch.float64) else 2e-2
-        atol = tolerance * float(expected.abs().max())
-        return found.shape == expected.shape and torch.allclose(found, expected, rtol=tolerance, atol=atol)
+        return close(found, expected)
 
     # --- runs with an edit -----------------------------------------------------------------------------------
 
@@ -180,9 +162,7 @@ class Runner:
         numbers: list[torch.Tensor] = []
         finals: list[torch.Tensor] = []
         waiting: list[int] = []
-        for group in groups:
-            prompts = [prompt for _, prompt in group.rows]
-            found = self._run_group(group, done)
+        for prompts, found in self._run_groups(list(groups), done):
             if self._final is None:
                 numbers.append(found)
                 continue
@@ -194,6 +174,44 @@ class Runner:
         if finals:
             numbers.append(self._score_finals(torch.cat(finals), waiting))
         return torch.cat(numbers)
+
+    def _run_groups(
+        self, groups: Sequence[Group], done: Callable[[int], Any]
+    ) -> Iterator[tuple[Sequence[int], torch.Tensor]]:
+        """Of some rows at a time their prompts, and what leaves the last layer, or the metric."""
+        rising = None
+        if self.stream is not None and self._final is not None:
+            rising = Rising(groups, self.stream, self._cut(self._final[:1]), self._run_layers, trims=self._trims)
+        if rising is None or not self._may_rise(groups):
+            if rising is not None:
+                self._try(rising.is_sound)
+            for group in groups:
+                yield [prompt for _, prompt in group.rows], self._run_group(group, done)
+            return
+        for batch in self.budget.split(rising.members(), self.unit, spare=1):
+            found = None if self.stream is None else self._try(lambda batch=batch: rising.run(batch))
+            if isinstance(found, torch.Tensor):
+                done(len(batch))
+            else:
+                found = torch.cat([self._run_group(part, done) for part in rising.parts(batch)])
+            yield [prompt for _, (_, prompt) in batch], found
+
+    def _may_rise(self, groups: Sequence[Group]) -> bool:
+        """Whether rows might join others on their way: not with stored edits, as for packed rows."""
+        if self.model._edits or not can_rise(groups):
+            return False
+        packed = self.packing is not None and all(group.first is not None for group in groups)
+        return not packed and self.budget.each * (self.unit + 1) <= self.budget.left
+
+    def _try(self, run: Callable[[], torch.Tensor | bool | None]) -> torch.Tensor | bool | None:
+        """What `run` returns; where that is nothing, or goes wrong, no later run starts in the middle."""
+        try:
+            found = run()
+        except Exception:  # whatever its own code raises where a model cannot be cut there
+            found = None
+        if found is None or found is False:
+            self.stream = self.packing = None
+        return found
 
     def _run_group(self, group: Group, done: Callable[[int], Any]) -> torch.Tensor:
         """What leaves the last layer, or the metric, of each row."""
@@ -241,32 +259,47 @@ class Runner:
             act()
             return self.model.output.save()
 
-    def _run_layers(self, prompts: Sequence[int], layer: int, act: Act, *, trim: bool = False) -> torch.Tensor:
+    def _run_layers(
+        self,
+        prompts: Sequence[int],
+        layer: int,
+        act: Act,
+        *,
+        trim: bool = False,
+        stream: torch.Tensor | None = None,
+        until: int | None = None,
+    ) -> torch.Tensor:
         """What leaves the last layer `[row, pos, d_model]`, at the positions that the metric looks at.
 
-        With `trim`, the last layer's MLP computes the last position alone, which is then added at all of them.
+        With `trim`, the last layer's MLP computes the last position alone, which is then added at all of them. `stream` is
+        what enters the first layer, by default as in the plain run; with `until`, the run ends with what enters that one.
         """
 
         def act_and_read() -> torch.Tensor:
             act()
+            if until is not None:
+                return self.model.names.resid_pre[until].clone()
             if trim:
                 mlp = self.model.names.layers[-1].mlp
                 mlp.input = mlp.input[:, -1:]
             return self._cut(self.model.names.resid_post[-1]).clone()
 
-        return self.observe(prompts, layer, act_and_read)
+        return self.observe(prompts, layer, act_and_read, stream)
 
-    def observe(self, prompts: Sequence[int], layer: int, act: Callable[[], Found]) -> Found:
+    def observe(
+        self, prompts: Sequence[int], layer: int, act: Callable[[], Found], stream: torch.Tensor | None = None
+    ) -> Found:
         """What `act` returns in a run from `layer` on, which ends there."""
         with self.model.trace(self._inputs(prompts), **self.options) as tracer:
-            self._start_at(layer, prompts)
+            self._start_at(layer, prompts, stream)
             found = act()
             tracer.stop()
         return found
 
-    def _start_at(self, layer: int, prompts: Sequence[int]) -> None:
+    def _start_at(self, layer: int, prompts: Sequence[int], stream: torch.Tensor | None = None) -> None:
         if layer and self.stream is not None:
-            stream = self.stream[layer][torch.tensor(prompts, device=self.stream.device)]
+            if stream is None:
+                stream = self.stream[layer][torch.tensor(prompts, device=self.stream.device)]
             for earlier in range(layer):
                 self.model.names.layers[earlier].skip(stream)
 

@@ -11,9 +11,9 @@ import torch
 
 from nnsight import LanguageModel, errors
 
-from ._packed import Layout
+from ._groups import Group, Part
 from ._progress import progress_bar
-from ._runner import Group, Runner
+from ._runner import Runner
 
 # Values [row, pos, …] of which a position is computed from itself alone, and from what attention sees of those before it.
 _BY_POSITION = ("resid_pre", "resid_mid", "resid_post", "attn_out", "mlp_out", "head_q", "head_z", "neurons")
@@ -85,15 +85,19 @@ def sweep(runner: Runner, patches: Sequence[Patch], replace: Replace, progress: 
 
     Args:
         runner: Of the prompts that are patched; it should have the stream.
-        patches: What to patch; those of one site stand together.
+        patches: What to patch.
         replace: What to put there.
         progress: Show a progress bar.
         title: Of the progress bar.
     """
     count = len(runner.prompts)
+    order = sorted(range(len(patches)), key=lambda number: patches[number].site.order)
+    groups = _groups(runner, [patches[number] for number in order])
     with progress_bar(len(patches) * count, title, progress) as bar, torch.no_grad():
-        numbers = runner.run((_group_of(runner, group, replace) for group in _groups(runner, patches)), bar.update)
-    return numbers.view(len(patches), count)
+        numbers = runner.run((_group_of(runner, group, replace) for group in groups), bar.update)
+    found = torch.empty_like(numbers.view(len(patches), count))
+    found[order] = numbers.view(len(patches), count)
+    return found
 
 
 def by_position(sites: Sequence[Any], axes: Sequence[str]) -> bool:
@@ -119,7 +123,7 @@ def _groups(runner: Runner, patches: Sequence[Patch]) -> list[list[Patch]]:
 def _places(runner: Runner, patches: Sequence[Patch]) -> int:
     """How many positions of a prompt a run with these patches computes."""
     length = runner.prompts.length
-    if runner.packing is None or not by_position([patches[0].site], ["pos"]):
+    if runner.packing is None or not _has_position(patches[0]):
         return length * len(patches)
     return sum(length - _position_of(patch) for patch in patches)
 
@@ -129,20 +133,21 @@ def _group_of(runner: Runner, patches: Sequence[Patch], replace: Replace) -> Gro
     places = {patch.site: _place_of(runner, patch.site) for patch in patches}
     sites = dict(sorted(places.items(), key=lambda pair: pair[1].order))
 
-    def edit(batch: Sequence[Patch], prompts: torch.Tensor, layout: Layout | None) -> Callable[[], None]:
+    def edit(batch: Sequence[Patch], prompts: torch.Tensor, part: Part | None) -> Callable[[], None]:
         def act() -> None:
             for site, place in sites.items():
                 mine = [patch.site == site for patch in batch]
                 if any(mine):
-                    put(place, batch, prompts, lambda live, rows, _, site=site: replace(live, rows, site), mine, layout)
+                    put(place, batch, prompts, lambda live, rows, _, site=site: replace(live, rows, site), mine, part)
 
         return act
 
     rows = list(itertools.product(patches, range(len(runner.prompts))))
-    layer = min(place.layer or 0 for place in sites.values())
-    early = all(place.name in _BEFORE_MLP for place in sites.values())
+    layers = [place.layer or 0 for place in sites.values()]
+    ends = [place for place in sites.values() if place.layer == runner.layers - 1]
+    early = all(place.name in _BEFORE_MLP for place in ends)
     first = _position_of if all(_has_position(patch) for patch in patches) else None
-    return Group(rows, layer, edit, before_mlp=early, first=first)
+    return Group(rows, min(layers), edit, before_mlp=early, first=first, last=max(layers))
 
 
 def _has_position(patch: Patch) -> bool:
@@ -166,7 +171,7 @@ def put(
     prompts: torch.Tensor,
     replace: Replace,
     mine: Sequence[bool] | None = None,
-    layout: Layout | None = None,
+    part: Part | None = None,
 ) -> None:
     """Put new values at a site, in a trace: those of patch `i` in row `i`.
 
@@ -176,13 +181,14 @@ def put(
         prompts: The number of each row's prompt.
         replace: What to put there.
         mine: Which of the rows are meant, by default all.
-        layout: Of rows that are packed.
+        part: What of the value is the rows', by default all.
     """
-    live = site.read() if layout is None else layout.unpack(site.read())
+    whole = site.read()
+    live = whole if part is None else part.unpack(whole)
     new = replace(live, prompts.to(live.device), site).to(live)
     if patches[0].index or not all(mine or [True]):
         new = torch.where(mask_of(live, patches, mine), new, live)
-    site.write(new if layout is None else layout.pack(new))
+    site.write(new if part is None else part.put(whole, new))
 
 
 def mask_of(live: torch.Tensor, patches: Sequence[Patch], mine: Sequence[bool] | None = None) -> torch.Tensor:
