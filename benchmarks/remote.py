@@ -7,6 +7,7 @@ the server's memory, descriptors and shared memory stay as they are.
 """
 
 import argparse
+import contextlib
 import os
 import statistics
 import subprocess
@@ -148,16 +149,18 @@ def accesses(model, local, rounds):
 
 def state_of(pid):
     """Resident MiB, descriptors, and segments of shared memory of a process and those below it."""
-    found = {pid}
+    parents = {}
     for entry in Path("/proc").glob("[0-9]*"):
-        try:
-            parent = int((entry / "stat").read_text().rpartition(")")[2].split()[1])
-        except (OSError, IndexError):
-            continue
-        if parent in found:
-            found.add(int(entry.name))
-    pages = sum(int(Path(f"/proc/{p}/statm").read_text().split()[1]) for p in found)
-    descriptors = sum(len(os.listdir(f"/proc/{p}/fd")) for p in found)
+        with contextlib.suppress(OSError, IndexError):
+            parents[int(entry.name)] = int((entry / "stat").read_text().rpartition(")")[2].split()[1])
+    found = {pid}
+    while more := {child for child, parent in parents.items() if parent in found} - found:
+        found |= more
+    pages = descriptors = 0
+    for process in found:
+        with contextlib.suppress(OSError):  # it has just ended
+            pages += int(Path(f"/proc/{process}/statm").read_text().split()[1])
+            descriptors += len(os.listdir(f"/proc/{process}/fd"))
     return pages * 4096 / 2**20, descriptors, len(os.listdir("/dev/shm"))
 
 
@@ -167,7 +170,7 @@ def long_run(model, server, jobs):
     )
     for _ in range(10):
         rate = throughput(model, 8, jobs // 10)
-        time.sleep(0.5)
+        time.sleep(1.0)  # until the runners that are made and ended meanwhile are
         resident, descriptors, segments = state_of(server.process.pid)
         kept = len(os.listdir(Path(server.folder.name) / "jobs"))
         print(f"  {resident:8.0f}{descriptors:6}{segments:6}{kept:8}{rate:10.1f} jobs/s", flush=True)
