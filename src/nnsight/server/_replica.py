@@ -17,7 +17,7 @@ from ._queue import Claim, Queue
 
 _BEAT = 0.25
 _CHECK = 5.0
-_SWEEP = 1.0  # seconds between two looks for jobs whose replica has died
+_SWEEP = 1.0  # seconds between two sweeps at least; busy, it is _CHECK
 _LONGEST_TOGETHER = 5.0  # seconds that jobs may share a forward for
 
 
@@ -151,6 +151,7 @@ class Replica:
             self._news.wait_for_work(calls, _CHECK)
 
     def _next(self) -> Claim | None:
+        self._sweep(_CHECK)
         calls = self._news.calls()
         claim = self._queue.claim(self.model)
         if claim is None and not self._ending.is_set() and not self._resting.is_set():
@@ -158,10 +159,15 @@ class Replica:
         if claim is not None and self._ending.is_set():
             self._queue.give_back(claim.id, claim.turn)
             return None
-        if claim is None and time.monotonic() - self._swept > _SWEEP:
+        if claim is None:
+            self._sweep(_SWEEP)
+        return claim
+
+    def _sweep(self, seconds: float) -> None:
+        """Look for jobs whose replica has died, and forget old ones, unless that was done so many seconds ago."""
+        if time.monotonic() - self._swept > seconds:
             self._queue.sweep()
             self._swept = time.monotonic()
-        return claim
 
     def _run_with_others(self, claim: Claim) -> None:
         others = self._queue.claim_beside(claim, self.model, same_owner=not self._runner.mixes_owners)
