@@ -67,6 +67,8 @@ def source_of(definition: FunctionType | type) -> Source:
     name = definition.__qualname__
     try:
         found = _found(definition)
+    except TravelError:  # which is a TypeError too
+        raise
     except (OSError, TypeError) as error:
         raise TravelError(f"{name!r} cannot travel: its source is not available ({error}).") from error
     statements = _parsed(found.text, name)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import ast
 import sys
 from abc import ABCMeta
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from types import CodeType, FunctionType
 from typing import Any
 
@@ -24,7 +24,7 @@ def check_function(function: FunctionType, statements: Sequence[ast.stmt]) -> No
         TravelError: It is another one.
     """
     code = function.__code__
-    if not _is_rewritten(function.__module__) and not _is_among(code, _codes(statements, code.co_flags)):
+    if not _is_rewritten(function.__module__) and not is_compiled_from(code, statements):
         raise TravelError(_CHANGED.format(name=function.__qualname__))
 
 
@@ -37,8 +37,7 @@ def check_class(cls: type, statements: Sequence[ast.stmt]) -> None:
     node = statements[0]
     if not isinstance(node, ast.ClassDef) or node.decorator_list or type(cls) not in (type, ABCMeta):
         return
-    flags = next((value.__code__.co_flags for value in vars(cls).values() if isinstance(value, FunctionType)), 0)
-    codes = [] if _is_rewritten(cls.__module__) else list(_codes(statements, flags))
+    rewritten = _is_rewritten(cls.__module__)
     for name, part in _written(node).items():
         if name.startswith("__") and not name.endswith("__"):
             continue  # known by another name
@@ -47,7 +46,8 @@ def check_class(cls: type, statements: Sequence[ast.stmt]) -> None:
             stays = _says(part, value)
         else:
             function = getattr(value, "__func__", value)
-            stays = isinstance(function, FunctionType) and (not codes or _is_among(function.__code__, codes))
+            is_function = isinstance(function, FunctionType)
+            stays = is_function and (rewritten or is_compiled_from(function.__code__, statements))
         if not stays:
             raise TravelError(_METHOD.format(name=cls.__qualname__, part=name))
     known = {*_bound(node), "_abc_impl"}
@@ -100,11 +100,21 @@ def _is_rewritten(module: str) -> bool:
     return loader is not None and type(loader).__name__ == "AssertionRewritingHook"
 
 
-def _codes(statements: Sequence[ast.stmt], flags: int) -> Iterator[CodeType]:
-    """What the compiler makes of statements, with annotations as text where the code with these flags has them so."""
-    module = ast.Module(list(statements), [])
-    flags &= annotations.compiler_flag
-    yield from nested(compile(module, "<source>", "exec", flags, dont_inherit=True))
+def is_compiled_from(code: CodeType, statements: Sequence[ast.stmt]) -> bool:
+    """Whether the compiler makes this code of something in these statements."""
+    return any(_is_same(made, code) for made in nested(_compiled(statements, code)) if made.co_name == code.co_name)
+
+
+def _compiled(statements: Sequence[ast.stmt], code: CodeType) -> CodeType:
+    """The statements where the variables that are free in the code are those of a function around it."""
+    body: list[ast.stmt] = list(statements)
+    if code.co_freevars:
+        outer = ast.parse(f"def outer({', '.join(code.co_freevars)}): pass").body[0]
+        assert isinstance(outer, ast.FunctionDef)
+        outer.body = body
+        body = [outer]
+    flags = code.co_flags & annotations.compiler_flag  # where annotations are texts
+    return compile(ast.Module(body, []), "<source>", "exec", flags, dont_inherit=True)
 
 
 def nested(code: CodeType) -> Iterator[CodeType]:
@@ -115,24 +125,24 @@ def nested(code: CodeType) -> Iterator[CodeType]:
             yield from nested(constant)
 
 
-def _is_among(wanted: CodeType, codes: Iterator[CodeType] | Sequence[CodeType]) -> bool:
-    return any(code.co_name == wanted.co_name and is_alike(code, wanted) for code in codes)
+def _is_same(one: CodeType, other: CodeType) -> bool:
+    """Whether two codes do the same, wherever they stand."""
+    return all(ask(one) == ask(other) for ask in _ASKED) and all(map(_is_same_constant, one.co_consts, other.co_consts))
 
 
-def is_alike(one: CodeType, other: CodeType) -> bool:
-    """Whether two codes have the same arguments, constants and names."""
-    return all(ask(one) == ask(other) for ask in (_arguments, _constants, _words))
+_ASKED: tuple[Callable[[CodeType], Any], ...] = (
+    lambda code: code.co_code,
+    lambda code: code.co_names,
+    lambda code: code.co_varnames,
+    lambda code: code.co_freevars,
+    lambda code: code.co_cellvars,
+    lambda code: (code.co_argcount, code.co_posonlyargcount, code.co_kwonlyargcount),
+    lambda code: len(code.co_consts),
+)
 
 
-def _arguments(code: CodeType) -> tuple[str, ...]:
-    return code.co_varnames[: code.co_argcount + code.co_kwonlyargcount]
-
-
-def _constants(code: CodeType) -> list[str]:
-    return sorted(
-        f"code {c.co_name}" if isinstance(c, CodeType) else f"{type(c).__name__} {c!r}" for c in code.co_consts
-    )
-
-
-def _words(code: CodeType) -> set[str]:
-    return {*code.co_names, *code.co_varnames, *code.co_freevars, *code.co_cellvars}
+def _is_same_constant(one: Any, other: Any) -> bool:
+    if isinstance(one, CodeType) and isinstance(other, CodeType):
+        return _is_same(one, other)
+    same = repr(one) == repr(other) or (isinstance(one, frozenset) and one == other)  # those have no order
+    return same and type(one) is type(other)

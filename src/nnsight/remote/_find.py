@@ -14,7 +14,7 @@ from typing import NamedTuple
 
 from .._capture import parse
 from ..errors import TravelError
-from ._current import is_alike
+from ._current import is_compiled_from
 
 
 class Found(NamedTuple):
@@ -53,7 +53,8 @@ def find_lambda(function: FunctionType) -> Found:
     found = [node for node in found if _size(node) == smallest]
     if not found:
         raise TravelError(
-            "A lambda cannot travel: it is not found in its file, or this has changed. Define it with `def`."
+            "A lambda cannot travel: it is not found in its file, or this has changed since it was loaded. Define it with "
+            "`def`."
         )
     if len({ast.unparse(node) for node in found}) != 1:
         raise TravelError("A lambda cannot travel where several stand on its line: define it with `def`.")
@@ -61,7 +62,7 @@ def find_lambda(function: FunctionType) -> Found:
 
 
 def _may_be(node: ast.Lambda, code: CodeType) -> bool:
-    if node.lineno != code.co_firstlineno or not _compiled_alike(node, code):
+    if node.lineno != code.co_firstlineno or not is_compiled_from(code, [ast.copy_location(ast.Expr(node), node)]):
         return False
     return all(_span(node)[0] <= begin and end <= _span(node)[1] for begin, end in _spots(code))
 
@@ -88,11 +89,6 @@ def _spots(code: CodeType) -> Iterable[tuple[Spot, Spot]]:
         if line is None or last_line is None or column is None or last_column is None or not last_column:
             continue
         yield (line, column), (last_line, last_column)
-
-
-def _compiled_alike(node: ast.Lambda, code: CodeType) -> bool:
-    constants = compile(ast.unparse(node), "<lambda>", "eval").co_consts
-    return is_alike(next(constant for constant in constants if isinstance(constant, CodeType)), code)
 
 
 # --- classes ------------------------------------------------------------------------------------------------------

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import msgspec
@@ -16,15 +18,29 @@ from ._together import execute_together
 def warm(model: Any) -> None:
     """Load what first uses load lazily, so that no job has to: of the model, and of running jobs on it."""
     ids = torch.tensor([[1, 2]])
-    with model.trace(ids):
+    with _gradients_of_few(model._model), model.trace(ids):
         loss = model.output.logits.sum()
-        with loss.backward():
-            pass
+        if loss.requires_grad:
+            with loss.backward():
+                pass
     with model.generate(ids, max_new_tokens=2, do_sample=True) as tracer:
         _ = tracer.result
     model._model.zero_grad(set_to_none=True)
     rehearse(model)
     execute_together(msgspec.msgpack.encode([_job()] * 2), model)
+
+
+@contextmanager
+def _gradients_of_few(module: torch.nn.Module) -> Iterator[None]:
+    """Gradients of vectors alone: those of matrices would take as much memory as the model."""
+    matrices = [each for each in module.parameters() if each.requires_grad and each.dim() > 1]
+    for each in matrices:
+        each.requires_grad_(False)
+    try:
+        yield
+    finally:
+        for each in matrices:
+            each.requires_grad_(True)
 
 
 def rehearse(model: NNsight) -> None:
