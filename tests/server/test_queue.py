@@ -147,6 +147,16 @@ def test_a_drained_job_was_no_attempt(queue):
     assert queue.state("ann", job, 0).status == "queued"
 
 
+def test_what_a_drained_job_printed_is_forgotten_when_it_begins_again(queue):
+    job = submit(queue, "ann", "a")
+    for text in ("before", "again"):
+        queue.claim("m")
+        queue.note(job, 0, Event("print", text))
+        assert [event.text for event in queue.state("ann", job, 0).events] == [text]
+        queue.give_back(job)
+        assert [event.text for event in queue.state("ann", job, 0).events] == [text]
+
+
 def test_jobs_that_may_share_are_claimed_together(queue):
     def send(owner, key, **options):
         return queue.submit(owner, key, "m", b"frame", 10, shares=True, **options)

@@ -133,7 +133,7 @@ class Queue:
         """Where a job stands, with its events from number `after` on."""
         with self._store.look() as db:
             row = self._own(db, owner, job)
-            found = db.execute(EVENTS, {"id_": job, "after_": after}) if row.attempts else ()
+            found = db.execute(EVENTS, {"id_": job, "after_": after}) if row.turn else ()
             bodies = [body for (body,) in found]
             ahead = self._ahead(db, row) if row.status == "queued" else 0
         error = msgspec.json.decode(row.error, type=Failure) if row.error else None
@@ -233,7 +233,7 @@ class Queue:
         now = time.time()
         begun = {"now_": now, "lease_": now + self._limits.lease, "server_": self._store.server}
         db.execute(BEGIN, {"id_": row.id, **begun})
-        if row.attempts:
+        if row.turn:
             db.execute(FORGET_EVENTS, {"id_": row.id})
 
     def _claimed(self, row: Any) -> Claim:
