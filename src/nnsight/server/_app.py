@@ -88,8 +88,8 @@ def _add_refusals(app: FastAPI, service: Service) -> None:
     app.add_exception_handler(OSError, ill)  # the disk is full
 
 
-def _user(service: Service, request: Request) -> Any:
-    return run_in_threadpool(service.keys.user, request.headers.get("Authorization", ""))
+def _user(service: Service, request: Request) -> User:
+    return service.keys.user(request.headers.get("Authorization", ""))
 
 
 def _add_questions(app: FastAPI, service: Service) -> None:
@@ -106,12 +106,12 @@ def _add_questions(app: FastAPI, service: Service) -> None:
     async def status(request: Request) -> Response:
         user: User | None = None
         with suppress(UnknownKeyError):
-            user = await _user(service, request)
+            user = _user(service, request)
         return _json(await run_in_threadpool(service.info, user))
 
     @app.get("/v1/whoami", summary="Whose key this is", responses=responses("Person", 401))
     async def whoami(request: Request) -> Response:
-        return _json(Person((await _user(service, request)).name))
+        return _json(Person(_user(service, request).name))
 
 
 def _add_jobs(app: FastAPI, service: Service) -> None:
@@ -126,7 +126,7 @@ def _add_jobs(app: FastAPI, service: Service) -> None:
         openapi_extra={"requestBody": {"required": True, "content": {"application/octet-stream": {}}}},
     )
     async def submit(request: Request, wait: float = 0.0, answer: bool = False) -> Response:
-        user = await _user(service, request)
+        user = _user(service, request)
         if service.draining:
             raise ClosingError("The server is shutting down.")
         body = await _body(request, service.limits.body)
@@ -139,7 +139,7 @@ def _add_jobs(app: FastAPI, service: Service) -> None:
 
     @app.get("/v1/jobs", summary="Your jobs", responses=responses("JobList", 401))
     async def jobs(request: Request) -> Response:
-        return _json(await run_in_threadpool(service.jobs, await _user(service, request)))
+        return _json(await run_in_threadpool(service.jobs, _user(service, request)))
 
     @app.get(
         "/v1/jobs/{job}",
@@ -151,7 +151,7 @@ def _add_jobs(app: FastAPI, service: Service) -> None:
     async def state(
         request: Request, job: str, after: int = 0, wait: float = 0.0, known: str = "", answer: bool = False
     ) -> Response:
-        user = await _user(service, request)
+        user = _user(service, request)
         found = await _next_state(service, user.name, job, after, known, min(wait, _LONGEST_WAIT))
         return await _told(service, found, 200, answer=answer)
 
@@ -161,14 +161,14 @@ def _add_jobs(app: FastAPI, service: Service) -> None:
         responses=responses("application/octet-stream", 401, 404),
     )
     async def result(request: Request, job: str) -> Response:
-        found = await run_in_threadpool(service.queue.answer, (await _user(service, request)).name, job)
+        found = await run_in_threadpool(service.queue.answer, _user(service, request).name, job)
         return Response(found, media_type="application/octet-stream")
 
     @app.delete(
         "/v1/jobs/{job}", status_code=204, summary="End a job of yours", responses=responses(None, 401, 404, code=204)
     )
     async def cancel(request: Request, job: str) -> Response:
-        await run_in_threadpool(service.queue.cancel, (await _user(service, request)).name, job)
+        await run_in_threadpool(service.queue.cancel, _user(service, request).name, job)
         return Response(status_code=204)
 
 
@@ -181,7 +181,7 @@ def _add_models(app: FastAPI, service: Service) -> None:
         openapi_extra={"requestBody": {"required": True, "content": _content("ModelOrder")}},
     )
     async def deploy(request: Request) -> Response:
-        user = await _user(service, request)
+        user = _user(service, request)
         order = _order(await _body(request, 10_000))
         await run_in_threadpool(service.deploy, user, order.model)
         return _json(await run_in_threadpool(service.info, user), 202)
@@ -193,7 +193,7 @@ def _add_models(app: FastAPI, service: Service) -> None:
         responses=responses(None, 401, 403, 404, code=204),
     )
     async def evict(request: Request, model: str) -> Response:
-        await run_in_threadpool(service.evict, await _user(service, request), model)
+        await run_in_threadpool(service.evict, _user(service, request), model)
         return Response(status_code=204)
 
 
@@ -204,12 +204,12 @@ def _add_completions(app: FastAPI, service: Service) -> None:
         "/v1/models", summary="The models, as OpenAI's clients ask for them", responses=responses("text/plain", 401)
     )
     async def models(request: Request) -> Response:
-        await _user(service, request)
+        _user(service, request)
         card = {"object": "model", "created": int(service.started), "owned_by": "nnsight"}
         return _json({"object": "list", "data": [{"id": name, **card} for name in service.fleet.names()]})
 
     async def complete(request: Request) -> Response:
-        user = await _user(service, request)
+        user = _user(service, request)
         if service.draining:
             raise ClosingError("The server is shutting down.")
         return desk.take(user.name, request.url.path, await _body(request, service.limits.body))
