@@ -603,7 +603,7 @@ class TestKilled:
             model.resid_post[3][:] *= 1.1
 
         def sync():
-            with pytest.raises(EngineError, match=r"SIGKILL.*of test_async\.py") as error:
+            with pytest.raises(EngineError, match=r"SIGKILL.*of generations\.py") as error:
                 steered(model, TOWER, 1.0, LONG, max_tokens=LONG, min_tokens=LONG)
             caught.append(error)
 
