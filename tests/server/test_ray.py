@@ -223,19 +223,19 @@ def test_every_job_ends_once_when_actors_die(place):
 def test_a_service_that_starts_again_finds_its_actors_and_ends_every_job_once(place):
     place.wait(2)
     before, held = set(actors()), set(holders())
-    running, waiting = send(1, 3), send(2, 0)
-    wait_until(lambda: running.status == "running")
+    jobs = [send(1, 3), send(2, 3), send(3, 0)]
+    wait_until(lambda: [job.status for job in jobs] == ["running", "running", "queued"])
     address = place.server.host
     place.server.process.kill()
     place.server.process.wait()
     assert set(actors()) == before  # they outlive it
     place.start("--port", address.rpartition(":")[2])
     assert place.server.host == address
-    check(running, 1)
-    check(waiting, 2)
+    for number, job in enumerate(jobs, 1):
+        check(job, number)
     assert set(actors()) == before
     assert set(holders()) == held  # and the weights were not loaded again
-    assert place.ended() == {"done": 2}
+    assert place.ended() == {"done": 3}
 
 
 def test_every_job_ends_once_when_a_node_dies(place, nodes):

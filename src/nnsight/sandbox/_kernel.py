@@ -36,9 +36,14 @@ def leave_namespaces() -> None:
     _check(_libc.unshare(_NAMESPACES), "namespaces")
 
 
+def die_with_parent() -> None:
+    """Have this process end when its parent does; a change of user undoes that."""
+    _prctl(_SET_DEATH_SIGNAL, signal.SIGKILL, "pdeathsig")
+
+
 def forbid_privileges() -> None:
     """No program started from here gains rights, nobody looks into this process, and it dies with its parent."""
-    _prctl(_SET_DEATH_SIGNAL, signal.SIGKILL, "pdeathsig")
+    die_with_parent()
     _prctl(_SET_DUMPABLE, 0, "dumpable")
     _prctl(_SET_NO_NEW_PRIVILEGES, 1, "no_new_privs")
 

@@ -4,18 +4,22 @@ from __future__ import annotations
 
 import os
 import re
+import select
+import signal
+import time
 from collections.abc import Callable, Iterator
 from contextlib import suppress
 
 import torch
 
-from ._kernel import advise
+from ._kernel import advise, die_with_parent
 
 _PAGE = os.sysconf("SC_PAGE_SIZE")
 _LARGE = 2 * 2**20
 _HUGE, _COPY, _COLLAPSE = 14, 23, 25  # the kernel's MADV_HUGEPAGE, MADV_POPULATE_WRITE, MADV_COLLAPSE
 _PRESENT, _EXCLUSIVE, _OF_FILE = -(1 << 63), 1 << 56, 1 << 61  # bits of an entry in /proc/self/pagemap
 _ENTRIES = 2**17  # that are read at a time
+_PATIENCE = 30.0  # seconds that work may take whose pages are looked for
 _LINE = re.compile(r"([0-9a-f]+)-([0-9a-f]+) (\S+) \S+ \S+ \S+ *(.*)")
 
 Range = tuple[int, int]  # where it starts, and its bytes
@@ -39,6 +43,7 @@ def pages_written_by(work: Callable[[], object]) -> list[Range]:
     child = os.fork()
     if child == 0:
         try:
+            die_with_parent()
             work()
             ranges = list(_own_pages())
             with os.fdopen(writing, "w") as found:
@@ -46,10 +51,23 @@ def pages_written_by(work: Callable[[], object]) -> list[Range]:
         finally:
             os._exit(0)
     os.close(writing)
-    with os.fdopen(reading) as found:
-        lines = found.read().splitlines()
-    os.waitpid(child, 0)
+    try:
+        lines = _read(reading).splitlines()
+    finally:
+        os.close(reading)
+        os.kill(child, signal.SIGKILL)
+        os.waitpid(child, 0)
     return [(int(start), int(size)) for start, size in map(str.split, lines)]
+
+
+def _read(reading: int) -> str:
+    """All that comes within `_PATIENCE` seconds; nothing where it has not ended by then."""
+    deadline, parts = time.monotonic() + _PATIENCE, list[bytes]()
+    while select.select([reading], [], [], max(0.0, deadline - time.monotonic()))[0]:
+        parts.append(os.read(reading, 2**16))
+        if not parts[-1]:
+            return b"".join(parts).decode()
+    return ""
 
 
 def copy_pages(ranges: list[Range]) -> None:

@@ -23,6 +23,7 @@ from ..modeling import NNsight
 from ..protocol import Event
 from ._execute import execute
 from ._jail import Allowance, confine
+from ._kernel import die_with_parent
 from ._pages import Range, copy_pages, enlarge_pages, pages_written_by
 from ._pipe import ANSWER, BEGUN, EVENT, FORK, JOB, JOBS, KILL, PROBLEM, READY, Pipe
 from ._together import execute_together
@@ -85,6 +86,7 @@ class Zygote:
             return child
         try:
             self._control.close()
+            die_with_parent()
             copy_pages(self._pages)
             self._run(descriptor, self._model, allowance)
         finally:

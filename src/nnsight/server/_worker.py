@@ -13,6 +13,7 @@ from functools import partial
 from typing import Any
 
 import msgspec
+import torch
 
 from ..modeling import LanguageModel
 from ..protocol import Event
@@ -51,11 +52,15 @@ def main(descriptor: str, command: str) -> int:
             return 1
     except EOFError:
         return 0
+    threads = torch.get_num_threads()
     try:
+        if not given["trusted"]:
+            torch.set_num_threads(1)  # a pool of threads would be missing after a fork, and be waited for
         model = LanguageModel(given["name"], dispatch=True, **given["options"])
         _ = model.tokenizer
         if not given["trusted"]:
             _prepare_to_fork(model)
+        torch.set_num_threads(threads)
     except Exception as error:
         pipe.send(PROBLEM, summary(error).encode())
         return 1
