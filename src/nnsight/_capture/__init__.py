@@ -4,6 +4,8 @@ from ..errors import CaptureError as CaptureError
 from ._block import Block as Block
 from ._cache import IdentityCache as IdentityCache
 from ._capture import capture as capture
+from ._codes import is_same_code as is_same_code
+from ._codes import nested_codes as nested_codes
 from ._first import names_read_first as names_read_first
 from ._names import names_of as names_of
 from ._program import bind as bind
@@ -21,9 +23,11 @@ __all__ = [
     "bind",
     "capture",
     "forget_skip",
+    "is_same_code",
     "is_skip",
     "names_of",
     "names_read_first",
+    "nested_codes",
     "parse",
     "skip_body",
 ]

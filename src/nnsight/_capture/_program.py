@@ -2,13 +2,14 @@
 
 import ast
 import weakref
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from functools import lru_cache
 from types import CodeType, FunctionType
 from typing import Any
 
 from ..errors import CaptureError
 from ._block import Block, at_line
+from ._codes import nested_codes
 from ._flow import ANNOUNCE, WAIT, connect
 from ._names import function, in_class
 from ._scope import SCOPE, Scope
@@ -68,8 +69,8 @@ def _compile(block: Block, variables: frozenset[str], waits: frozenset[str], ann
         module = compile(tree, block.filename, "exec", flags=block.flags, dont_inherit=True)
     except SyntaxError as error:
         raise CaptureError(f'File "{block.filename}", line {error.lineno}: {error.msg}, in a block') from error
-    code = _renamed(next(found for found in _nested(module) if found.co_name == INNER), block)
-    for found in _nested(code):
+    code = _renamed(next(found for found in nested_codes(module) if found.co_name == INNER), block)
+    for found in nested_codes(code):
         _register(found, block)
     return code
 
@@ -119,13 +120,6 @@ def _requalified(code: CodeType, old: str, new: str) -> CodeType:
     if hasattr(code, "co_qualname"):  # Python 3.11
         changes["co_qualname"] = name(getattr(code, "co_qualname"))  # noqa: B009
     return code.replace(**changes)
-
-
-def _nested(code: CodeType) -> Iterator[CodeType]:
-    yield code
-    for constant in code.co_consts:
-        if isinstance(constant, CodeType):
-            yield from _nested(constant)
 
 
 def _register(code: CodeType, block: Block) -> None:

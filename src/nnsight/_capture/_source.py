@@ -14,6 +14,7 @@ from types import CodeType, FrameType
 
 from ..errors import CaptureError
 from ._cache import IdentityCache
+from ._codes import is_same_code, nested_codes
 from ._text import Text
 
 FUTURES = __future__.annotations.compiler_flag  # all others are part of the language now
@@ -89,7 +90,7 @@ def is_current(code: CodeType, site: Site, source: Source, frame: FrameType) -> 
     """Whether compiling the source again gives the code of the frame."""
     lines = _lines_without_asserts(site.node)
     for fresh in _compiled(code, site, source):
-        if _same(fresh, code):
+        if is_same_code(fresh, code, placed=True):
             return True
         # An import hook, as of pytest, may have added to the code; what the source says must be there.
         if _is_hooked(frame) and _facts(fresh, lines) <= _facts(code, lines):
@@ -150,41 +151,13 @@ def _alike(module: CodeType, code: CodeType, site: Site) -> Iterator[CodeType]:
         yield module
     else:
         key = (code.co_name, code.co_firstlineno)
-        yield from (found for found in _nested(module) if (found.co_name, found.co_firstlineno) == key)
+        yield from (found for found in nested_codes(module) if (found.co_name, found.co_firstlineno) == key)
 
 
 def _compile(tree: ast.Module | ast.Interactive, code: CodeType) -> CodeType:
     mode = "exec" if isinstance(tree, ast.Module) else "single"
     flags = code.co_flags & FUTURES | ast.PyCF_ALLOW_TOP_LEVEL_AWAIT
     return compile(tree, code.co_filename, mode, flags=flags, dont_inherit=True)
-
-
-def _nested(code: CodeType) -> Iterator[CodeType]:
-    yield code
-    for constant in code.co_consts:
-        if isinstance(constant, CodeType):
-            yield from _nested(constant)
-
-
-def _same(fresh: CodeType, code: CodeType) -> bool:
-    """Whether two codes are of one text; `==` sees a tracer's marks, and the name IPython gives a cell."""
-    return all(getattr(fresh, name) == getattr(code, name) for name in _PARTS) and (
-        len(fresh.co_consts) == len(code.co_consts) and all(map(_same_constant, fresh.co_consts, code.co_consts))
-    )
-
-
-_PARTS = (
-    *("co_code", "co_names", "co_varnames", "co_cellvars", "co_freevars"),
-    *("co_argcount", "co_posonlyargcount", "co_kwonlyargcount", "co_firstlineno", "co_linetable"),
-)
-
-
-def _same_constant(fresh: object, code: object) -> bool:
-    if isinstance(fresh, CodeType) and isinstance(code, CodeType):
-        return _same(fresh, code)
-    if isinstance(fresh, tuple) and isinstance(code, tuple):
-        return len(fresh) == len(code) and all(map(_same_constant, fresh, code))
-    return type(fresh) is type(code) and (fresh == code or repr(fresh) == repr(code))
 
 
 def _is_hooked(frame: FrameType) -> bool:

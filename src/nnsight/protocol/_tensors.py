@@ -126,11 +126,9 @@ def is_as_sent(tensor: torch.Tensor, info: TensorInfo, payload: bytes | bytearra
     flat = tensor.detach().resolve_conj().resolve_neg().to("cpu").contiguous()
     if list(flat.shape) != info.shape or flat.dtype is not DTYPES[info.dtype]:
         return False
-    data = memoryview(payload)[info.start : info.start + flat.nbytes]
-    return all(
-        bytes(data[at : at + _PIECE]) == ctypes.string_at(flat.data_ptr() + at, min(_PIECE, flat.nbytes - at))
-        for at in range(0, flat.nbytes, _PIECE)
-    )
+    data, own = memoryview(payload)[info.start : info.start + flat.nbytes], _memory(flat)
+    pieces = (slice(at, at + _PIECE) for at in range(0, flat.nbytes, _PIECE))
+    return all(bytes(data[piece]) == bytes(own[piece]) for piece in pieces)
 
 
 def _checked_size(number: int, info: TensorInfo) -> int:

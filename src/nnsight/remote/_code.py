@@ -16,9 +16,9 @@ from pathlib import Path
 from types import FunctionType, ModuleType
 from typing import Any, NamedTuple
 
-from .._capture import names_of, parse
+from .._capture import names_of, nested_codes, parse
 from ..errors import TravelError
-from ._current import check_class, check_function, nested
+from ._current import check_class, check_function
 from ._find import Found, find_class, find_lambda
 
 
@@ -98,7 +98,7 @@ def _parsed(text: str, name: str) -> list[ast.stmt]:
 
 def _refuse_outward(function: FunctionType, name: str) -> None:
     code = function.__code__
-    for found in nested(code):
+    for found in nested_codes(code):
         for instruction in dis.get_instructions(found):
             outward = instruction.opname in ("STORE_GLOBAL", "DELETE_GLOBAL") or (
                 instruction.opname == "STORE_DEREF" and instruction.argval in code.co_freevars

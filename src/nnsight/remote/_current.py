@@ -6,9 +6,11 @@ import ast
 import sys
 from abc import ABCMeta
 from collections.abc import Callable, Iterator, Sequence
+from functools import cache, partial
 from types import CodeType, FunctionType
 from typing import Any
 
+from .._capture import is_same_code, nested_codes
 from ..errors import TravelError
 
 _CHANGED = "{name!r} cannot travel: its file has changed since it was loaded. Load it again."
@@ -38,6 +40,7 @@ def check_class(cls: type, statements: Sequence[ast.stmt]) -> None:
     if not isinstance(node, ast.ClassDef) or node.decorator_list or type(cls) not in (type, ABCMeta):
         return
     rewritten = _is_rewritten(cls.__module__)
+    compiled = cache(partial(_compiled, statements))
     for name, part in _written(node).items():
         if name.startswith("__") and not name.endswith("__"):
             continue  # known by another name
@@ -47,7 +50,7 @@ def check_class(cls: type, statements: Sequence[ast.stmt]) -> None:
         else:
             function = getattr(value, "__func__", value)
             is_function = isinstance(function, FunctionType)
-            stays = is_function and (rewritten or is_compiled_from(function.__code__, statements))
+            stays = is_function and (rewritten or _is_among(function.__code__, compiled))
         if not stays:
             raise TravelError(_METHOD.format(name=cls.__qualname__, part=name))
     known = {*_bound(node), "_abc_impl"}
@@ -102,47 +105,21 @@ def _is_rewritten(module: str) -> bool:
 
 def is_compiled_from(code: CodeType, statements: Sequence[ast.stmt]) -> bool:
     """Whether the compiler makes this code of something in these statements."""
-    return any(_is_same(made, code) for made in nested(_compiled(statements, code)) if made.co_name == code.co_name)
+    return _is_among(code, partial(_compiled, statements))
 
 
-def _compiled(statements: Sequence[ast.stmt], code: CodeType) -> CodeType:
-    """The statements where the variables that are free in the code are those of a function around it."""
+def _is_among(code: CodeType, compiled: Callable[[tuple[str, ...], int], CodeType]) -> bool:
+    flags = code.co_flags & annotations.compiler_flag  # where annotations are texts
+    found = nested_codes(compiled(code.co_freevars, flags))
+    return any(each.co_name == code.co_name and is_same_code(each, code, placed=False) for each in found)
+
+
+def _compiled(statements: Sequence[ast.stmt], free: tuple[str, ...], flags: int) -> CodeType:
+    """The statements, where the variables that are free in them are those of a function around them."""
     body: list[ast.stmt] = list(statements)
-    if code.co_freevars:
-        outer = ast.parse(f"def outer({', '.join(code.co_freevars)}): pass").body[0]
+    if free:
+        outer = ast.parse(f"def outer({', '.join(free)}): pass").body[0]
         assert isinstance(outer, ast.FunctionDef)
         outer.body = body
         body = [outer]
-    flags = code.co_flags & annotations.compiler_flag  # where annotations are texts
     return compile(ast.Module(body, []), "<source>", "exec", flags, dont_inherit=True)
-
-
-def nested(code: CodeType) -> Iterator[CodeType]:
-    """A code and those within it."""
-    yield code
-    for constant in code.co_consts:
-        if isinstance(constant, CodeType):
-            yield from nested(constant)
-
-
-def _is_same(one: CodeType, other: CodeType) -> bool:
-    """Whether two codes do the same, wherever they stand."""
-    return all(ask(one) == ask(other) for ask in _ASKED) and all(map(_is_same_constant, one.co_consts, other.co_consts))
-
-
-_ASKED: tuple[Callable[[CodeType], Any], ...] = (
-    lambda code: code.co_code,
-    lambda code: code.co_names,
-    lambda code: code.co_varnames,
-    lambda code: code.co_freevars,
-    lambda code: code.co_cellvars,
-    lambda code: (code.co_argcount, code.co_posonlyargcount, code.co_kwonlyargcount),
-    lambda code: len(code.co_consts),
-)
-
-
-def _is_same_constant(one: Any, other: Any) -> bool:
-    if isinstance(one, CodeType) and isinstance(other, CodeType):
-        return _is_same(one, other)
-    same = repr(one) == repr(other) or (isinstance(one, frozenset) and one == other)  # those have no order
-    return same and type(one) is type(other)

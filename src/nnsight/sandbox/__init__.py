@@ -6,6 +6,7 @@ from ._failure import summary as summary
 from ._jail import Allowance as Allowance
 from ._jail import confine as confine
 from ._jail import missing as missing
+from ._kernel import die_with_parent as die_with_parent
 from ._pipe import ANSWER as ANSWER
 from ._pipe import BEGUN as BEGUN
 from ._pipe import EVENT as EVENT

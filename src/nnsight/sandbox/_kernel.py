@@ -6,6 +6,7 @@ import ctypes
 import os
 import signal
 import struct
+import sys
 from collections.abc import Iterable
 
 _SET_DEATH_SIGNAL = 1
@@ -37,8 +38,9 @@ def leave_namespaces() -> None:
 
 
 def die_with_parent() -> None:
-    """Have this process end when its parent does; a change of user undoes that."""
-    _prctl(_SET_DEATH_SIGNAL, signal.SIGKILL, "pdeathsig")
+    """Have the kernel kill this process when the thread that started it is gone, on Linux; a change of user undoes that."""
+    if sys.platform == "linux":
+        _prctl(_SET_DEATH_SIGNAL, signal.SIGKILL, "pdeathsig")
 
 
 def forbid_privileges() -> None:

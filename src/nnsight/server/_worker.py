@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import ctypes
 import json
 import signal
 import socket
@@ -29,6 +28,7 @@ from ..sandbox import (
     WARM,
     Pipe,
     Zygote,
+    die_with_parent,
     execute,
     execute_together,
     rehearse,
@@ -36,15 +36,12 @@ from ..sandbox import (
     warm,
 )
 
-_DIE_WITH_PARENT = 1
-
 
 def main(descriptor: str, command: str) -> int:
     """Wait for the word, load the model, and run jobs until the server is gone."""
     end = socket.socket(fileno=int(descriptor))
     pipe = Pipe(end)
-    if sys.platform == "linux":
-        ctypes.CDLL(None).prctl(_DIE_WITH_PARENT, signal.SIGKILL)
+    die_with_parent()
     given: dict[str, Any] = json.loads(command)
     pipe.send(WARM)
     try:
