@@ -4,6 +4,7 @@ import importlib
 import itertools
 import linecache
 import os
+from types import FunctionType
 
 import pytest
 
@@ -31,6 +32,50 @@ CHANGES = {
         "class made(dict):\n    def run(self, x):\n        return super().get(x) + 1",
         "get(x) + 1",
         "get(x) - 1",
+    ),
+    "a call of what is imported": (
+        "import math\n\ndef made(x):\n    return math.floor(x) + x.real",
+        "math.floor",
+        "math.ceil",
+    ),
+    "a lambda that calls what is imported": (
+        "if True:\n    import math as m\nmade = lambda x: x.conjugate(m.floor(1))",
+        "m.floor",
+        "m.ceil",
+    ),
+    "a method that calls what is imported": (
+        "import math\nfrom math import pi\nclass made:\n    def run(self, x):\n"
+        "        return [math.floor(a) + pi.real for a in x.items()]",
+        "math.floor",
+        "math.ceil",
+    ),
+    "a text of several lines": (
+        "def around():\n    def made():\n        return '''one\n          two\n    three'''\n    return made\nmade = around()",
+        "two",
+        "2",
+    ),
+    "slots": (
+        "class made:\n    __slots__ = ('x', '_y')\n    def run(self):\n        return self.x + 1",
+        "x + 1",
+        "x - 1",
+    ),
+    "a method that asks its base by name": (
+        "class made(dict):\n    def run(self, x):\n        return super(made, self).get(x) + 1",
+        "get(x) + 1",
+        "get(x) - 1",
+    ),
+    "a class whose base wraps its methods": (
+        "from functools import wraps\nclass Base:\n    def __init_subclass__(cls):\n"
+        "        run = cls.run\n        cls.run = wraps(run)(lambda *x: run(*x))\n"
+        "class made(Base):\n    def run(self, x):\n        return x + 1",
+        "x + 1",
+        "x - 1",
+    ),
+    "a closure over a namesake of what is imported": (
+        "import math\ndef around(math):\n    def made(x):\n        return math.floor(x)\n    return made\n"
+        "made = around(math)",
+        "math.floor",
+        "math.ceil",
     ),
 }
 
@@ -69,3 +114,32 @@ def test_what_is_no_longer_what_runs_is_refused(load, what):
     linecache.checkcache(str(file))
     with pytest.raises(TravelError, match="changed since it was loaded"):
         source_of(made)
+
+
+def test_a_text_of_several_lines_keeps_its_margin(load):
+    made, _ = load(CHANGES["a text of several lines"][0])
+    namespace = {}
+    exec(source_of(made).text, namespace)
+    assert namespace["made"]() == made() == "one\n          two\n    three"
+
+
+WRITTEN = ["argparse", "fractions", "inspect", "json.decoder", "statistics", "torch.nn.functional"]
+WRITTEN += ["torch.functional", "torch.nn.modules.conv", "transformers.models.gpt2.modeling_gpt2"]
+
+
+def refusal(definition):
+    try:
+        source_of(definition)
+    except TravelError as refused:
+        return str(refused)
+    return ""
+
+
+@pytest.mark.parametrize("name", WRITTEN)
+def test_libraries_are_what_they_say(name):
+    """Nothing that was loaded as it stands is taken for another one."""
+    found = [each for each in vars(importlib.import_module(name)).values() if isinstance(each, (FunctionType, type))]
+    own = [each for each in found if each.__module__ == name and not hasattr(each, "__wrapped__")]
+    refused = [refusal(each) for each in own]
+    assert "" in refused
+    assert not [why for why in refused if "changed since" in why]

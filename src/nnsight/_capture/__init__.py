@@ -13,6 +13,7 @@ from ._scope import Scope as Scope
 from ._skip import forget_skip as forget_skip
 from ._skip import is_skip as is_skip
 from ._skip import skip_body as skip_body
+from ._text import dedent as dedent
 from ._text import parse as parse
 
 __all__ = [
@@ -22,6 +23,7 @@ __all__ = [
     "Scope",
     "bind",
     "capture",
+    "dedent",
     "forget_skip",
     "is_same_code",
     "is_skip",

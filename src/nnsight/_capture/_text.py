@@ -1,7 +1,7 @@
 """Cutting a with-body out of source text, and placing what is parsed from it where the user wrote it."""
 
 import ast
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from threading import Lock
 from typing import Any
@@ -106,15 +106,32 @@ def _rest(lines: list[str], with_: ast.With | ast.AsyncWith, item: int) -> Text:
 
 def _joined(first: str, margin: int, lines: list[str], with_: ast.With | ast.AsyncWith, row: int, indent: str) -> Text:
     """The line given and those that follow it in the statement, dedented but for the insides of strings."""
-    end = with_.end_lineno or row
-    kept = set(_string_lines(with_))
-    out, margins = [first], [margin]
-    for number in range(row + 1, end + 1):
-        line = lines[number - 1]
-        dedented = number not in kept and line.startswith(indent)
-        out.append(line[len(indent) :] if dedented else line)
-        margins.append(len(indent) if dedented else 0)
-    return Text("".join(out), row, tuple(margins))
+    followers = range(row + 1, (with_.end_lineno or row) + 1)
+    margins = list(_margins(lines, followers, with_, indent))
+    rest = [lines[number - 1][width:] for number, width in zip(followers, margins, strict=True)]
+    return Text("".join([first, *rest]), row, (margin, *margins))
+
+
+def dedent(text: str) -> str:
+    """The text of a statement without the indentation of its first line, but for the insides of strings.
+
+    Raises:
+        SyntaxError: It is not a statement.
+    """
+    indent = text[: len(text) - len(text.lstrip(" \t"))]
+    if not indent:
+        return text
+    lines = split_lines(f"if True:\n{text}")
+    numbers = range(2, len(lines) + 1)
+    margins = _margins(lines, numbers, parse("".join(lines)), indent)
+    return "".join(lines[number - 1][width:] for number, width in zip(numbers, margins, strict=True))
+
+
+def _margins(lines: list[str], numbers: Iterable[int], tree: ast.AST, indent: str) -> Iterator[int]:
+    """How much of each line is indentation that goes: none inside of a string."""
+    kept = set(_string_lines(tree))
+    for number in numbers:
+        yield len(indent) if number not in kept and lines[number - 1].startswith(indent) else 0
 
 
 def _string_lines(tree: ast.AST) -> Iterator[int]:

@@ -2,21 +2,19 @@
 
 from __future__ import annotations
 
-import ast
 import dis
 import importlib.util
 import inspect
 import site
 import sys
 import sysconfig
-import textwrap
 from collections.abc import Iterator
 from functools import cache
 from pathlib import Path
 from types import FunctionType, ModuleType
 from typing import Any, NamedTuple
 
-from .._capture import names_of, nested_codes, parse
+from .._capture import dedent, names_of, nested_codes, parse
 from ..errors import TravelError
 from ._current import check_class, check_function
 from ._find import Found, find_class, find_lambda
@@ -67,11 +65,13 @@ def source_of(definition: FunctionType | type) -> Source:
     name = definition.__qualname__
     try:
         found = _found(definition)
+        statements = parse(found.text).body
     except TravelError:  # which is a TypeError too
         raise
     except (OSError, TypeError) as error:
         raise TravelError(f"{name!r} cannot travel: its source is not available ({error}).") from error
-    statements = _parsed(found.text, name)
+    except SyntaxError as error:
+        raise TravelError(f"{name!r} cannot travel: its source cannot be read ({error.msg}).") from error
     if isinstance(definition, FunctionType):
         _refuse_outward(definition, name)
         check_function(definition, statements)
@@ -86,14 +86,7 @@ def _found(definition: FunctionType | type) -> Found:
     if definition.__name__ == "<lambda>":
         return find_lambda(definition)
     lines, first = inspect.getsourcelines(definition)
-    return Found(textwrap.dedent("".join(lines)), inspect.getsourcefile(definition) or "<unknown>", first)
-
-
-def _parsed(text: str, name: str) -> list[ast.stmt]:
-    try:
-        return parse(text).body
-    except SyntaxError as error:
-        raise TravelError(f"{name!r} cannot travel: its source cannot be read ({error.msg}).") from error
+    return Found(dedent("".join(lines)), inspect.getsourcefile(definition) or "<unknown>", first)
 
 
 def _refuse_outward(function: FunctionType, name: str) -> None:

@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import ast
+import linecache
+import symtable
 import sys
 from abc import ABCMeta
 from collections.abc import Callable, Iterator, Sequence
-from functools import cache, partial
-from types import CodeType, FunctionType
-from typing import Any
+from functools import cache, lru_cache, partial
+from inspect import unwrap
+from types import CodeType, FunctionType, MemberDescriptorType
+from typing import Any, NamedTuple
 
 from .._capture import is_same_code, nested_codes
 from ..errors import TravelError
@@ -41,6 +44,7 @@ def check_class(cls: type, statements: Sequence[ast.stmt]) -> None:
         return
     rewritten = _is_rewritten(cls.__module__)
     compiled = cache(partial(_compiled, statements))
+    wrapped = any("__init_subclass__" in vars(base) for base in cls.__mro__[1:-1])  # by a base, and there again
     for name, part in _written(node).items():
         if name.startswith("__") and not name.endswith("__"):
             continue  # known by another name
@@ -49,6 +53,7 @@ def check_class(cls: type, statements: Sequence[ast.stmt]) -> None:
             stays = _says(part, value)
         else:
             function = getattr(value, "__func__", value)
+            function = unwrap(function) if wrapped and callable(function) else function
             is_function = isinstance(function, FunctionType)
             stays = is_function and (rewritten or _is_among(function.__code__, compiled))
         if not stays:
@@ -56,10 +61,12 @@ def check_class(cls: type, statements: Sequence[ast.stmt]) -> None:
     known = {*_bound(node), "_abc_impl"}
     added = [
         name
-        for name in vars(cls)
-        if name not in known and not name.startswith(("__", f"_{cls.__name__.lstrip('_')}__"))
+        for name, value in vars(cls).items()
+        if name not in known
+        and not name.startswith(("__", f"_{cls.__name__.lstrip('_')}__"))
+        and not isinstance(value, MemberDescriptorType)  # of `__slots__`
     ]
-    if added and all("__init_subclass__" not in vars(base) for base in cls.__mro__[:-1]):
+    if added and not wrapped:
         raise TravelError(_METHOD.format(name=cls.__qualname__, part=added[0]))
 
 
@@ -108,18 +115,49 @@ def is_compiled_from(code: CodeType, statements: Sequence[ast.stmt]) -> bool:
     return _is_among(code, partial(_compiled, statements))
 
 
-def _is_among(code: CodeType, compiled: Callable[[tuple[str, ...], int], CodeType]) -> bool:
+def _is_among(code: CodeType, compiled: Callable[[Around], CodeType]) -> bool:
+    return any(
+        each.co_name == code.co_name and is_same_code(each, code, placed=False)
+        for around in _arounds(code)
+        for each in nested_codes(compiled(around))
+    )
+
+
+class Around(NamedTuple):
+    """What a compiler is told by all that stands around a statement."""
+
+    flags: int
+    free: tuple[str, ...]  # variables of a function around it
+    imported: tuple[str, ...]  # by its file, whose functions are called in another way than methods are
+
+
+def _arounds(code: CodeType) -> Iterator[Around]:
+    """What may have stood around a code: its file, or nothing, as for a statement of a notebook's cell."""
     flags = code.co_flags & annotations.compiler_flag  # where annotations are texts
-    found = nested_codes(compiled(code.co_freevars, flags))
-    return any(each.co_name == code.co_name and is_same_code(each, code, placed=False) for each in found)
+    yield Around(flags, code.co_freevars, ())
+    imported = _imported("".join(linecache.getlines(code.co_filename)))
+    if imported:
+        yield Around(flags, code.co_freevars, imported)
 
 
-def _compiled(statements: Sequence[ast.stmt], free: tuple[str, ...], flags: int) -> CodeType:
-    """The statements, where the variables that are free in them are those of a function around them."""
+@lru_cache(maxsize=16)
+def _imported(text: str) -> tuple[str, ...]:
+    """The names that a file's text imports; none where it cannot be read."""
+    try:
+        table = symtable.symtable(text, "<source>", "exec")
+    except (SyntaxError, ValueError):
+        return ()
+    return tuple(sorted(symbol.get_name() for symbol in table.get_symbols() if symbol.is_imported()))
+
+
+def _compiled(statements: Sequence[ast.stmt], around: Around) -> CodeType:
     body: list[ast.stmt] = list(statements)
+    free = [name for name in around.free if name != "__class__" or not isinstance(body[0], ast.ClassDef)]
     if free:
         outer = ast.parse(f"def outer({', '.join(free)}): pass").body[0]
         assert isinstance(outer, ast.FunctionDef)
         outer.body = body
         body = [outer]
-    return compile(ast.Module(body, []), "<source>", "exec", flags, dont_inherit=True)
+    if around.imported:
+        body = [*ast.parse(f"from elsewhere import {', '.join(around.imported)}").body, *body]
+    return compile(ast.Module(body, []), "<source>", "exec", around.flags, dont_inherit=True)

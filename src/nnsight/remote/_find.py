@@ -6,13 +6,12 @@ import ast
 import inspect
 import linecache
 import sys
-import textwrap
 from collections.abc import Iterable
 from functools import lru_cache
 from types import CodeType, FunctionType
 from typing import NamedTuple
 
-from .._capture import parse
+from .._capture import dedent, parse
 from ..errors import TravelError
 from ._current import is_compiled_from
 
@@ -108,10 +107,10 @@ def find_class(cls: type) -> Found:
             for node in nodes:
                 if isinstance(node, ast.ClassDef) and node.name == cls.__name__ and _has(node, function):
                     first = min([node.lineno, *(decorator.lineno for decorator in node.decorator_list)])
-                    text = textwrap.dedent("".join(lines[first - 1 : node.end_lineno]))
+                    text = dedent("".join(lines[first - 1 : node.end_lineno]))
                     return Found(text, function.__code__.co_filename, first)
     lines, first = inspect.getsourcelines(cls)
-    return Found(textwrap.dedent("".join(lines)), inspect.getsourcefile(cls) or "<unknown>", first)
+    return Found(dedent("".join(lines)), inspect.getsourcefile(cls) or "<unknown>", first)
 
 
 def _has(node: ast.ClassDef, function: FunctionType) -> bool:
