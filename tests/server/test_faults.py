@@ -131,7 +131,7 @@ class Runs:
             return act
         raise act
 
-    def run_together(self, frames):
+    def run_together(self, frames, *, apart):
         raise DiedError("not here")
 
     def stop(self):

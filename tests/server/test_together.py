@@ -188,7 +188,7 @@ def test_solo_jobs_have_a_forward_of_their_own(model):
 @pytest.fixture(scope="module")
 def keys(tmp_path_factory):
     file = tmp_path_factory.mktemp("keys") / "keys"
-    return {"file": str(file), "ann": create_key(file, "ann"), "bob": create_key(file, "bob")}
+    return {"file": str(file), **{name: create_key(file, name) for name in ("ann", "bob", "cid", "dee")}}
 
 
 @pytest.fixture(scope="module")
@@ -231,6 +231,33 @@ def test_confined_jobs_of_one_user_share(server, keys, local):
     for job, values in zip(jobs, expected + expected, strict=False):
         torch.testing.assert_close(job.result()["hidden"], values.detach(), rtol=1e-5, atol=1e-4)
     assert shared_on(server) - before == 5
+
+
+def test_confined_jobs_of_several_users_share(server, keys, local):
+    """One of them has asked for a forward of its own."""
+    model, before = LanguageModel(NAME), shared_on(server)
+    with model.session(remote=True, blocking=False) as first:
+        import time as clock
+
+        clock.sleep(3)
+    while first.status != "running":
+        time.sleep(0.01)
+    jobs = []
+    for layer, name in enumerate(("ann", "bob", "cid", "dee")):
+        CONFIG.set_default_api_key(keys[name])
+        with model.trace(PROMPTS[layer], remote=True, blocking=False, solo=name == "dee") as job:
+            model.transformer.h[layer].output[0][:, -1] = 0
+            print(f"of {name}")
+            hidden = model.transformer.h[layer + 1].output[0].save()
+        jobs.append(job)
+        while not job.id:
+            time.sleep(0.01)
+    for layer, job in enumerate(jobs):
+        with local.trace(PROMPTS[layer]):
+            local.transformer.h[layer].output[0][:, -1] = 0
+            hidden = local.transformer.h[layer + 1].output[0].save()
+        torch.testing.assert_close(job.result()["hidden"], hidden.detach(), rtol=1e-5, atol=1e-4)
+    assert shared_on(server) - before == 3
 
 
 def test_one_that_hangs_holds_the_others_up_for_seconds(server, local):

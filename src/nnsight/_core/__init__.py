@@ -22,6 +22,7 @@ from ._frames import trim as trim
 from ._frames import user_frame as user_frame
 from ._frames import user_line as user_line
 from ._instrument import Instruments as Instruments
+from ._instrument import StillInstruments as StillInstruments
 from ._instrument import plain_forward as plain_forward
 from ._layouts import Probe as Probe
 from ._leaves import leaves_of as leaves_of

@@ -334,6 +334,24 @@ class Instruments:
                 other._compiled[module] = self._compiled.pop(module)
 
 
+class StillInstruments(Instruments):
+    """Those of a tree whose modules are not called here: nothing is replaced."""
+
+    def __init__(self, root: Module) -> None:
+        super().__init__(root)
+        self.profile = {}
+
+    def install(self) -> None:
+        """Nothing to do."""
+
+    def remove(self) -> None:
+        """Nothing to do."""
+
+    def add(self, module: Module) -> bool:
+        """Every module is visible from the start."""
+        return True
+
+
 def _find_parameters(root: Module) -> list[weakref.ref[torch.Tensor]]:
     # Those on the meta device have no numbers; where weights are fetched for each call, they stand there in between.
     found = {id(parameter): parameter for parameter in root.parameters() if not parameter.is_meta}

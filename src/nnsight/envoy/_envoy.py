@@ -199,8 +199,10 @@ class Envoy(Values):
             )
         if child is not None:
             owner, _, own_name = (self._alias_of(name) or name).rpartition(".")
+            self._tree.changes += 1
             setattr(self._walk(owner)._module, own_name, value)
         elif isinstance(value, Module) or hasattr(self._module, name):
+            self._tree.changes += 1
             setattr(self._module, name, value)
         elif self._tree.find_worker() is not None and type(self).__module__.startswith(
             __name__.partition(".")[0] + "."

@@ -42,6 +42,7 @@ class Tree:
         self.vocabulary: Any = None
         self.hides_operations: str | None = None  # why the operations inside forwards cannot be had
         self.due: Callable[[], None] | None = None  # to be done when the next trace begins
+        self.changes = 0  # how often an attribute of a module was set through an envoy
         self.find_named: Callable[[Envoy, str], Envoy | None] | None = None  # names beside the modules' own
 
     def rebind(self, root: Module) -> None:

@@ -4,6 +4,7 @@ from ._decode import Decoder as Decoder
 from ._decode import Lost as Lost
 from ._encode import Encoder as Encoder
 from ._frames import decode_message as decode_message
+from ._frames import read_frame as read_frame
 from ._frames import read_job as read_job
 from ._frames import read_outcome as read_outcome
 from ._frames import write_frame as write_frame
@@ -39,10 +40,13 @@ from ._nodes import EnvoyNode as EnvoyNode
 from ._nodes import GivenNode as GivenNode
 from ._nodes import ImportNode as ImportNode
 from ._nodes import InstanceNode as InstanceNode
+from ._nodes import LostNode as LostNode
 from ._nodes import ModuleNode as ModuleNode
 from ._nodes import Node as Node
+from ._nodes import PartsNode as PartsNode
 from ._nodes import SiteNode as SiteNode
 from ._nodes import Tree as Tree
+from ._nodes import Value as Value
 from ._state import results_of as results_of
 from ._state import state_of as state_of
 from ._tensors import TensorInfo as TensorInfo

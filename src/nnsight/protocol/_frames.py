@@ -22,7 +22,7 @@ _job = msgspec.msgpack.Decoder(Job)
 _outcome = msgspec.msgpack.Decoder(Answer | Failure)
 
 
-def write_frame(message: Job | Answer | Failure, tensors: TensorWriter | None = None) -> bytes:
+def write_frame(message: msgspec.Struct, tensors: TensorWriter | None = None) -> bytes:
     """A message with its tensors."""
     header = _encoder.encode(message)
     payload = list(tensors.parts()) if tensors is not None else []
@@ -37,7 +37,7 @@ def read_job(frame: bytes) -> tuple[Job, memoryview]:
     Raises:
         ProtocolError: The bytes are no job, or one of another version.
     """
-    job, payload = _read(frame, _job)
+    job, payload = read_frame(frame, _job)
     if job.version != VERSION:
         raise ProtocolError(f"the job has protocol version {job.version}; this server speaks {VERSION}")
     return job, payload
@@ -49,10 +49,15 @@ def read_outcome(frame: bytes | memoryview) -> tuple[Answer | Failure, memoryvie
     Raises:
         ProtocolError: The bytes are neither.
     """
-    return _read(frame, _outcome)
+    return read_frame(frame, _outcome)
 
 
-def _read(frame: bytes | memoryview, decoder: msgspec.msgpack.Decoder[M]) -> tuple[M, memoryview]:
+def read_frame(frame: bytes | memoryview, decoder: msgspec.msgpack.Decoder[M]) -> tuple[M, memoryview]:
+    """A message of the kind that `decoder` reads, and the bytes of its tensors.
+
+    Raises:
+        ProtocolError: The bytes are none.
+    """
     if len(frame) < _START.size:
         raise ProtocolError("the message is cut off before its header")
     magic, header_size, payload_size = _START.unpack_from(frame)

@@ -45,7 +45,7 @@ class TensorWriter:
         self.sources: list[torch.Tensor] = []
         self._indices: dict[int, int] = {}
         self._flat: list[torch.Tensor] = []
-        self._size = 0
+        self.size = 0
 
     def add(self, tensor: torch.Tensor, *, data_only: bool = False) -> int:
         """The number that `tensor` has in the message; `data_only` leaves out that it requires gradients."""
@@ -59,7 +59,7 @@ class TensorWriter:
         self.infos.append(info)
         self.sources.append(tensor)  # keeps it alive, so that its id is not given out again
         self._flat.append(flat)
-        self._size = aligned(self._size + flat.nbytes)
+        self.size = aligned(self.size + flat.nbytes)
         return len(self.infos) - 1
 
     def _describe(self, tensor: torch.Tensor, data_only: bool, grad: int | None) -> tuple[TensorInfo, torch.Tensor]:
@@ -68,12 +68,12 @@ class TensorWriter:
             raise TravelError(f"a tensor of dtype {tensor.dtype} and layout {tensor.layout}")
         requires_grad = tensor.requires_grad and not data_only
         if isinstance(tensor, FakeTensor):
-            return TensorInfo(name, list(tensor.shape), self._size, "fake"), torch.empty(0, dtype=torch.uint8)
+            return TensorInfo(name, list(tensor.shape), self.size, "fake"), torch.empty(0, dtype=torch.uint8)
         if tensor.device.type == "meta":
             raise TravelError("a tensor on the meta device, which has no numbers")
         kind = "parameter" if isinstance(tensor, torch.nn.Parameter) and not data_only else "tensor"
         flat = tensor.detach().resolve_conj().resolve_neg().to("cpu").contiguous().reshape(-1)
-        return TensorInfo(name, list(tensor.shape), self._size, kind, requires_grad, grad), flat
+        return TensorInfo(name, list(tensor.shape), self.size, kind, requires_grad, grad), flat
 
     def payload(self) -> bytes:
         """The numbers of all tensors."""

@@ -8,6 +8,7 @@ import sys
 import warnings
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, nullcontext
+from functools import partial
 from typing import Any
 
 import torch
@@ -27,7 +28,8 @@ from ..protocol import (
     read_job,
     write_frame,
 )
-from ..trace import Edit, InterventionEdit, collecting_saves
+from ..trace import Edit, InterventionEdit, Prepared, Tracer, collecting_saves
+from ..trace import Given as Input
 from ._answer import Given, write_answer
 from ._failure import describe_failure
 from ._rebuild import Files, JobReader
@@ -63,7 +65,7 @@ def execute(
     try:
         reader = JobReader(job, payload, printer(emit))
         with _warnings_to(emit) if forward_warnings else nullcontext():
-            answer, tensors = _run(job, reader, served, seeded, files or Files())
+            answer, tensors = run_job(job, reader, served, seeded=seeded, files=files)
         return write_frame(answer, tensors)
     except BaseException as error:
         if isinstance(error, KeyboardInterrupt):
@@ -71,7 +73,25 @@ def execute(
         return write_frame(_failure(error, job, reader))
 
 
-def _run(job: Job, reader: JobReader, served: NNsight, seeded: bool, files: Files) -> tuple[Answer, TensorWriter]:
+def run_job(
+    job: Job,
+    reader: JobReader,
+    served: NNsight,
+    *,
+    seeded: bool,
+    files: Files | None = None,
+    prepare: Callable[[Tracer, NNsight, list[Input]], Prepared] | None = None,
+) -> tuple[Answer, TensorWriter]:
+    """Run a job that was read; what it raises is the block's.
+
+    Args:
+        job: The job.
+        reader: Makes its values.
+        served: The model it runs on.
+        seeded: As for `execute`.
+        files: As for `execute`.
+        prepare: Makes another call of the inputs than the trace itself would.
+    """
     models = models_for(job, served)
     reader.models = models
     for model, state in zip(models, job.models, strict=True):
@@ -82,8 +102,8 @@ def _run(job: Job, reader: JobReader, served: NNsight, seeded: bool, files: File
     kwargs = {name: reader.decode(value) for name, value in job.kwargs.items()}
     given = Given(reader)
     random_numbers = _random_numbers(job.seed if seeded else None)
-    with files.holding(reader.files), random_numbers, collecting_saves() as saved:
-        _run_block(models[0], job, block, scope, args, kwargs)
+    with (files or Files()).holding(reader.files), random_numbers, collecting_saves() as saved:
+        _run_block(models[0], job, block, scope, args, kwargs, prepare)
     encoder = Encoder(given.extend, data_only=True)
     return write_answer(encoder, block, scope, saved, given), encoder.tensors
 
@@ -108,7 +128,13 @@ def _edit(edit: BoundBlock | StoredIntervention, model: NNsight, reader: JobRead
 
 
 def _run_block(
-    model: NNsight, job: Job, block: Block, scope: Scope, args: tuple[Any, ...], kwargs: Mapping[str, Any]
+    model: NNsight,
+    job: Job,
+    block: Block,
+    scope: Scope,
+    args: tuple[Any, ...],
+    kwargs: Mapping[str, Any],
+    prepare: Callable[[Tracer, NNsight, list[Input]], Prepared] | None,
 ) -> None:
     with torch.inference_mode(job.inference), torch.set_grad_enabled(job.grad):
         run = bind(block, scope)
@@ -118,6 +144,8 @@ def _run_block(
             if not hasattr(model, job.method):
                 raise ProtocolError(f"a {type(model).__name__} has no {job.method}()")
             context = getattr(model, job.method)(*args, strict_order=job.strict_order, **kwargs)
+        if prepare is not None:
+            context._prepare_with(partial(prepare, context, model))
         with context as target:
             if block.target is None:
                 run()

@@ -40,10 +40,11 @@ class Allowance(NamedTuple):
     threads: int = 64
 
 
-def confine(kept: Sequence[int], allowance: Allowance = Allowance()) -> None:  # noqa: B008
+def confine(kept: Sequence[int], allowance: Allowance = Allowance(), *, lasts: bool = False) -> None:  # noqa: B008
     """Give up everything but memory, arithmetic and the descriptors in `kept`; there is no way back.
 
-    The process must be a freshly forked one with a single thread.
+    The process must be a freshly forked one with a single thread. One that `lasts` runs nobody's code: it may be given
+    further descriptors, and all the time it needs.
 
     Raises:
         OSError: The kernel lacks something; the process must end then, without running what it was to run.
@@ -58,10 +59,10 @@ def confine(kept: Sequence[int], allowance: Allowance = Allowance()) -> None:  #
         os.setresuid(_NOBODY, _NOBODY, _NOBODY)
     leave_namespaces()
     forbid_privileges()
-    _limit(allowance)
+    _limit(allowance._replace(seconds=resource.RLIM_INFINITY) if lasts else allowance)
     restrict_files(readable)
     os.environ.clear()
-    filter_calls(seccomp_filter(os.getpid()))
+    filter_calls(seccomp_filter(os.getpid(), receives=lasts))
 
 
 def _limit(allowance: Allowance) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import select
 import socket
 import struct
 
@@ -10,16 +11,24 @@ _LARGEST = 2**40
 
 JOB, READY, EVENT, ANSWER, STOPPED, PROBLEM = b"J", b"R", b"E", b"A", b"S", b"P"
 JOBS = b"M"  # several jobs to be run together; the answer is a `Shared`
-FORK, BEGUN, KILL = b"F", b"B", b"K"  # between a server and a zygote
+APART = b"X"  # the same, each in a process of its own
+GUEST, ALONE = b"G", b"N"  # a job whose values come from a host; the answer where it is to be run alone
+FORK, HOST, BEGUN, KILL = b"F", b"H", b"B", b"K"  # between a server and a zygote
 WARM, LOAD = b"W", b"L"  # a process that could load its model now; that it is to
 
 
 class Pipe:
-    """One end of a socket pair; a message may have `largest` bytes, whatever the other end says."""
+    """One end of a socket pair; a message may have `largest` bytes, whatever the other end says.
 
-    def __init__(self, end: socket.socket, largest: int = _LARGEST) -> None:
+    With `patience`, it is given up when it says nothing for so many seconds.
+    """
+
+    def __init__(self, end: socket.socket, largest: int = _LARGEST, patience: float | None = None) -> None:
         self._end = end
         self._largest = largest
+        self._patience = patience
+        self._poll = select.poll()  # a confined process may not set a socket's time-out
+        self._poll.register(end, select.POLLIN)
 
     def send(self, kind: bytes, data: bytes = b"") -> None:
         """Send one message."""
@@ -41,6 +50,8 @@ class Pipe:
         data = bytearray(size)
         view, at = memoryview(data), 0
         while at < size:
+            if self._patience is not None and not self._poll.poll(self._patience * 1000):
+                raise EOFError("the other end says nothing")
             try:
                 count = self._end.recv_into(view[at:])
             except ConnectionError:

@@ -75,6 +75,7 @@ _BY_PATH = {
     "statx": 332,
     "faccessat2": 439,
 }
+_RECVMSG = 47
 _CLONE, _CLONE3, _TGKILL = 56, 435, 234
 _CLONE_THREAD = 0x10000
 
@@ -84,8 +85,11 @@ _X86_64, _X32 = 0xC000003E, 0x40000000
 _KILL, _ALLOW, _ERROR = 0x80000000, 0x7FFF0000, 0x00050000
 
 
-def seccomp_filter(pid: int) -> bytes:
-    """The filter's program for the process `pid`: what is not named here is refused with EPERM."""
+def seccomp_filter(pid: int, *, receives: bool = False) -> bytes:
+    """The filter's program for the process `pid`: what is not named here is refused with EPERM.
+
+    One that `receives` may be given descriptors over a socket.
+    """
     program: list[bytes] = []
 
     def add(code: int, value: int, then: int = 0, otherwise: int = 0) -> None:
@@ -97,7 +101,7 @@ def seccomp_filter(pid: int) -> bytes:
     add(_LOAD, _NUMBER)
     add(_AT_LEAST, _X32, 0, 1)
     add(_RETURN, _KILL)
-    for number in (*_ALLOWED.values(), *_BY_PATH.values()):
+    for number in (*_ALLOWED.values(), *_BY_PATH.values(), *([_RECVMSG] if receives else [])):
         add(_EQUAL, number, 0, 1)
         add(_RETURN, _ALLOW)
     add(_EQUAL, _CLONE3, 0, 1)  # its flags are behind a pointer; the C library falls back to `clone`

@@ -21,15 +21,18 @@ from ._execute import models_for, printer
 from ._rebuild import Files, JobReader
 
 _LARGEST = 2**20  # bytes of a job that is small
-_LONGEST = 1024  # tokens of its input
+LONGEST = 1024  # tokens of an input that may share a forward
 _frames = msgspec.msgpack.Decoder(list[bytes])
-# What a block may change or ask for that is not of its rows alone: gradients of weights, weights, random numbers, and
-# ways round this list.
+# What a block may change or ask for that is not of its rows alone, or not the same where these were sent to it: gradients of
+# weights, weights, random numbers, how a tensor lies in memory, what kind of object something is, and ways round this list.
 _ALONE = frozenset(
     "backward grad autograd requires_grad_ retain_grad parameters named_parameters buffers named_buffers state_dict data "
     "weight bias _model _module manual_seed seed dropout rand randn randint randperm normal_ uniform_ bernoulli multinomial "
-    "getattr setattr vars eval exec globals locals open session trace generate scan edit apply clear_edits".split()
+    "getattr setattr hasattr isinstance issubclass type id vars eval exec globals locals open session trace generate scan "
+    "edit apply clear_edits config generation_config train grad_fn data_ptr stride is_contiguous as_strided storage "
+    "untyped_storage storage_offset set_ resize_".split()
 )
+_PREFIXES = ("__", "register_")
 _STATEMENTS = frozenset("import from global nonlocal with async try while".split())
 _WORD = re.compile(r"[A-Za-z_]\w*")
 
@@ -49,7 +52,7 @@ def can_share(job: Job, size: int) -> bool:
 def _minds_its_rows(source: str) -> bool:
     """Whether none of the words is on a list; the server does not parse what strangers send."""
     words = set(_WORD.findall(source))
-    forbidden = words & (_ALONE | _STATEMENTS) or any(word.startswith("__") for word in words)
+    forbidden = words & (_ALONE | _STATEMENTS) or any(word.startswith(_PREFIXES) for word in words)
     return source.isascii() and not forbidden  # other letters may stand for these
 
 
@@ -103,14 +106,14 @@ def _member(number: int, frame: bytes, served: NNsight) -> _Member | None:
 def _shape(served: Any, given: Input) -> tuple[Any, ...]:
     """What inputs must have in common, so that none is padded for another."""
     batch = served._encode([Input(*given)], {})
-    if max(value.shape[1] for value in batch.inputs.values()) > _LONGEST:
+    if max(value.shape[1] for value in batch.inputs.values()) > LONGEST:
         raise ValueError("the input is too long to share a forward")
     return tuple((name, tuple(value.shape[1:])) for name, value in sorted(batch.inputs.items()))
 
 
 def _run(members: list[_Member], served: NNsight) -> list[bytes]:
     """The answers of jobs in one forward; none where one of them must be run alone."""
-    before, versions = torch.get_rng_state(), _versions(served)
+    before = state_of_model(served)
     first = members[0].reader.job
     try:
         with ExitStack() as stack:
@@ -124,8 +127,7 @@ def _run(members: list[_Member], served: NNsight) -> list[bytes]:
         answers = [_answer(member, saved) for member in members]
     except Exception:  # of one of them; alone, each has its own
         return []
-    untouched = torch.equal(before, torch.get_rng_state()) and versions == _versions(served)
-    return answers if untouched else []
+    return answers if before == state_of_model(served) else []
 
 
 def _trace(members: list[_Member], first: Job, served: Any) -> None:
@@ -134,8 +136,14 @@ def _trace(members: list[_Member], first: Job, served: Any) -> None:
             tracer._add_invoke(member.block, member.scope, member.input, member.block.line, apart=True)
 
 
-def _versions(served: NNsight) -> list[tuple[int, int]]:
-    return [(parameter._version, id(parameter.grad)) for parameter in served._model.parameters()]
+def state_of_model(served: Any) -> Any:
+    """What is another one after every change of weights, gradients and attributes of modules, and every random number."""
+    weights = [*served._model.parameters(), *served._model.buffers()]
+    known = [
+        (id(weight), weight.data_ptr(), 0 if weight.is_inference() else weight._version, id(weight.grad))
+        for weight in weights
+    ]
+    return known, served._tree.changes, torch.get_rng_state().numpy().tobytes()
 
 
 def _answer(member: _Member, saved: list[Any]) -> bytes:

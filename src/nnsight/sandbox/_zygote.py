@@ -14,22 +14,25 @@ import socket
 import sys
 import threading
 import traceback
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from contextlib import suppress
 
 import msgspec
 
 from ..modeling import NNsight
 from ..protocol import Event
+from ._beside import LARGEST
 from ._execute import execute
+from ._guest import execute_as_guest
 from ._jail import Allowance, confine
 from ._kernel import die_with_parent
 from ._pages import Range, copy_pages, enlarge_pages, pages_written_by
-from ._pipe import ANSWER, BEGUN, EVENT, FORK, JOB, JOBS, KILL, PROBLEM, READY, Pipe
+from ._pipe import ALONE, ANSWER, BEGUN, EVENT, FORK, GUEST, HOST, JOB, JOBS, KILL, PROBLEM, READY, Pipe
 from ._together import execute_together
 
 # What a zygote is told of the environment: a forked block can read all of it.
 _NAMES = {"PATH", "HOME", "LANG", "TMPDIR", "PYTHONPATH", "LD_LIBRARY_PATH", "XDG_CACHE_HOME", "NNSIGHT_DEBUG"}
+Process = Callable[[list[int], NNsight, Allowance], None]  # what a forked process does with its descriptors
 _PREFIXES = ("LC_", "HF_HOME", "HF_HUB_", "HUGGINGFACE_HUB_CACHE", "TRANSFORMERS_", "OMP_", "MKL_", "CUDA_", "TORCH_")
 
 
@@ -39,7 +42,8 @@ class Zygote:
     Args:
         control: The server's end says when.
         model: What the jobs run on; each has a copy of it, which takes memory only where it is changed.
-        run: What a forked process does with its descriptor; by default it runs one job.
+        run: What a forked process does with its descriptors; by default it runs one job.
+        host: What a process does that runs the model for blocks in others.
         rehearse: Does what a job does, so that the memory which that takes is known and can be had ready.
     """
 
@@ -47,12 +51,13 @@ class Zygote:
         self,
         control: socket.socket,
         model: NNsight,
-        run: Callable[[int, NNsight, Allowance], None] | None = None,
+        run: Process | None = None,
         rehearse: Callable[[], object] | None = None,
+        host: Process | None = None,
     ) -> None:
         self._control = control
         self._model = model
-        self._run = run or run_confined
+        self._does = {FORK: run or run_confined, HOST: host}
         self._rehearse = rehearse
         self._pages: list[Range] = []
         self._children: set[int] = set()
@@ -67,9 +72,11 @@ class Zygote:
         while True:
             command, descriptors = _receive_command(self._control)
             kind, numbers = command[:1], [int(number) for number in command[1:].split()]
-            if kind == FORK and len(descriptors) == 1:
-                child = self._fork(descriptors[0], Allowance(*numbers))
-                os.close(descriptors[0])
+            does = self._does.get(kind)
+            if does is not None and descriptors:
+                child = self._fork(does, descriptors, Allowance(*numbers))
+                for descriptor in descriptors:
+                    os.close(descriptor)
                 self._control.send(BEGUN + str(child).encode())
             elif kind == KILL:
                 self._kill(*numbers)
@@ -79,7 +86,7 @@ class Zygote:
                     self._kill(child)
                 return
 
-    def _fork(self, descriptor: int, allowance: Allowance) -> int:
+    def _fork(self, does: Process, descriptors: list[int], allowance: Allowance) -> int:
         child = os.fork()
         if child:
             self._children.add(child)
@@ -88,7 +95,7 @@ class Zygote:
             self._control.close()
             die_with_parent()
             copy_pages(self._pages)
-            self._run(descriptor, self._model, allowance)
+            does(descriptors, self._model, allowance)
         finally:
             os._exit(1)
 
@@ -100,25 +107,40 @@ class Zygote:
             self._children.discard(child)
 
 
-def run_confined(descriptor: int, model: NNsight, allowance: Allowance) -> None:
-    """In the forked process: give everything up, then read the job, run it, and answer."""
-    end = socket.socket(fileno=descriptor)
-    give_up(end, allowance)
+def run_confined(descriptors: list[int], model: NNsight, allowance: Allowance) -> None:
+    """In the forked process: give everything up, then read the job, run it, and answer.
+
+    The first descriptor is a socket to the server; the second, to a host, which one job alone needs.
+    """
+    end, host = (socket.socket(fileno=descriptor) for descriptor in descriptors)
+    give_up(end, allowance, [host])
     pipe = Pipe(end)
     kind, frame = pipe.receive()
     if kind == JOB:
         pipe.send(ANSWER, execute(frame, model, _sender(pipe)))
     elif kind == JOBS:
         pipe.send(ANSWER, execute_together(frame, model))
+    elif kind == GUEST:
+        answer = execute_as_guest(frame, model, _sender(pipe), Pipe(host, LARGEST))
+        pipe.send(ALONE if answer is None else ANSWER, answer or b"")
     os._exit(0)
 
 
-def give_up(end: socket.socket, allowance: Allowance) -> None:
-    """Confine this forked process, and say so at its `end` of a socket; it ends where that cannot be done."""
+def give_up(
+    end: socket.socket, allowance: Allowance, others: Iterable[socket.socket] = (), *, lasts: bool = False
+) -> None:
+    """Confine this forked process, and say so at its `end` of a socket; it ends where that cannot be done.
+
+    Args:
+        end: The socket that it keeps.
+        allowance: What it may use.
+        others: Sockets that it keeps besides.
+        lasts: It serves as long as its server, and may be given further sockets.
+    """
     pipe = Pipe(end)
     _draw_anew()
     try:
-        confine([end.fileno()], allowance)
+        confine([each.fileno() for each in (end, *others)], allowance, lasts=lasts)
     except BaseException:
         pipe.send(PROBLEM, f"a process could not be confined: {traceback.format_exc()}".encode())
         os._exit(1)
@@ -145,7 +167,7 @@ def _sender(pipe: Pipe) -> Callable[[Event], None]:
 
 def _receive_command(control: socket.socket) -> tuple[bytes, list[int]]:
     try:
-        data, descriptors, _, _ = socket.recv_fds(control, 64, 1)
+        data, descriptors, _, _ = socket.recv_fds(control, 64, 2)
     except (ConnectionError, OSError):
         return b"", []
     return data, descriptors

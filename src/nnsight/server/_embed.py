@@ -45,7 +45,7 @@ class ThreadRunner:
     def run(self, frame: bytes, emit: Emit) -> bytes:
         return execute(frame, self._model, emit, forward_warnings=False)
 
-    def run_together(self, frames: list[bytes]) -> Shared:
+    def run_together(self, frames: list[bytes], *, apart: bool) -> Shared:
         return msgspec.msgpack.decode(execute_together(msgspec.msgpack.encode(frames), self._model), type=Shared)
 
     def stop(self) -> None:

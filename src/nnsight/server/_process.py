@@ -10,9 +10,9 @@ import subprocess
 import sys
 import threading
 from collections import deque
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
-from contextlib import suppress
+from contextlib import contextmanager, suppress
 from typing import Any, NamedTuple
 
 import msgspec
@@ -20,10 +20,14 @@ import msgspec
 from ..errors import ProtocolError
 from ..protocol import Event, Shared, decode_message
 from ..sandbox import (
+    ALONE,
     ANSWER,
+    APART,
     BEGUN,
     EVENT,
     FORK,
+    GUEST,
+    HOST,
     JOB,
     JOBS,
     KILL,
@@ -42,7 +46,10 @@ _GRACE = 1.0  # seconds that a block has to end when it is interrupted
 _LARGEST_EVENT = 4 * 2**20
 _READY_RUNNERS = 2  # processes that wait for jobs: one can run while another is made
 _CONTROL = 120.0  # seconds that a zygote may take to fork
+_LARGEST_VERDICT = 4096
 _event = msgspec.json.Decoder(Event)
+_verdict = msgspec.msgpack.Decoder(list[bool])
+_frames = msgspec.msgpack.Decoder(list[bytes])
 _packed = msgspec.msgpack.Encoder()
 _shared = msgspec.msgpack.Decoder(Shared)
 
@@ -138,9 +145,9 @@ class ModelProcess:
             raise DiedError(f"the process says what it cannot mean ({error})") from error
 
 
-def share(run: Callable[[bytes, Emit, bytes], bytes], frames: list[bytes]) -> Shared:
+def share(run: Callable[[bytes, Emit, bytes], bytes], frames: list[bytes], kind: bytes = JOBS) -> Shared:
     """Have jobs run together; what comes back fits them."""
-    answer = run(_packed.encode(frames), _ignore, JOBS)
+    answer = run(_packed.encode(frames), _ignore, kind)
     try:
         shared = decode_message(answer, _shared)
     except ProtocolError as error:
@@ -154,7 +161,11 @@ def _ignore(event: Event) -> None:
     """What happens comes with the answers."""
 
 
-_SAID = {STOPPED: "the job was interrupted", PROBLEM: "the process could not be confined"}
+_SAID = {
+    STOPPED: "the job was interrupted",
+    PROBLEM: "the process could not be confined",
+    ALONE: "the job needs the model in its own process",
+}
 
 
 class TrustedRunner(ModelProcess):
@@ -179,7 +190,7 @@ class TrustedRunner(ModelProcess):
         finally:
             self._idle.set()
 
-    def run_together(self, frames: list[bytes]) -> Shared:
+    def run_together(self, frames: list[bytes], *, apart: bool) -> Shared:
         return share(self.run, frames)
 
     def stop(self) -> None:
@@ -192,16 +203,23 @@ class TrustedRunner(ModelProcess):
 
 
 class _Forked(NamedTuple):
-    """A confined process that waits for its job."""
+    """A confined process that waits for its job: its number, our end of its socket, and the end that is for a host."""
 
     child: int
     end: socket.socket
+    model_end: socket.socket
+
+    def close(self) -> None:
+        """Let go of it."""
+        self.end.close()
+        self.model_end.close()
 
 
 class ConfinedRunner(ModelProcess):
     """Has a zygote fork a confined process for each job, or for some of one user's, and talks with that one alone.
 
-    The next ones are forked meanwhile, so that a job need not wait for them.
+    The next ones are forked meanwhile, so that a job need not wait for them. Jobs of several users that share a forward
+    are each in such a process; one more, the host, runs the model for all of them, and nobody's code.
     """
 
     mixes_owners = False
@@ -209,7 +227,9 @@ class ConfinedRunner(ModelProcess):
     def __init__(self, name: str, options: dict[str, Any], limits: Limits) -> None:
         super().__init__(name, options, limits, trusted=False)
         self._control = threading.Lock()
-        self._current: _Forked | None = None
+        self._current: list[_Forked] = []
+        self._host: _Forked | None = None
+        self._stops = 0
         self._helper = ThreadPoolExecutor(1, thread_name_prefix="runners")
         self._waiting: deque[Future[_Forked]] = deque()
 
@@ -225,38 +245,100 @@ class ConfinedRunner(ModelProcess):
         self._waiting.append(self._helper.submit(self._fork, self._socket))
 
     def run(self, frame: bytes, emit: Emit, kind: bytes = JOB) -> bytes:
-        forked = self._current = self._waiting.popleft().result()
+        if kind == APART:
+            return _packed.encode(self._run_apart(_frames.decode(frame)))
+        with self._using(1) as (forked,):
+            return self._talk(Pipe(forked.end, self._limits.answer), frame, emit, kind)
+
+    @contextmanager
+    def _using(self, count: int) -> Iterator[list[_Forked]]:
+        """Processes that wait, which end with this."""
+        while len(self._waiting) < count:
+            self._make_one()
+        taken = self._current = list[_Forked]()
+        self._stops = 0
         try:
-            answer = self._talk(Pipe(forked.end, self._limits.answer), frame, emit, kind)
+            for _ in range(count):
+                taken.append(self._waiting.popleft().result())
+            yield taken
         except BaseException:
-            self._current = None
-            if not self._end(forked):  # the zygote has died, and with it those that wait
+            self._current = []
+            ended = [self._end(forked) for forked in taken]
+            if not all(ended):  # the zygote has died, and with it those that wait
                 self.close()
             raise
-        self._current = None
-        self._helper.submit(self._end, forked)
-        self._make_one()
-        return answer
+        self._current = []
+        for forked in taken:
+            self._helper.submit(self._end, forked)
+        while len(self._waiting) < _READY_RUNNERS:
+            self._make_one()
 
-    def run_together(self, frames: list[bytes]) -> Shared:
-        return share(self.run, frames)
+    def run_together(self, frames: list[bytes], *, apart: bool) -> Shared:
+        return share(self.run, frames, APART if apart else JOBS)
+
+    def _run_apart(self, frames: list[bytes]) -> Shared:
+        """Run jobs that share a forward in processes of their own; what one of them says counts where the host agrees."""
+        host = self._host_of_blocks()
+        with self._using(len(frames)) as taken, ThreadPoolExecutor(len(frames), "guests") as pool:
+            try:
+                socket.send_fds(host.end, [HOST], [forked.model_end.fileno() for forked in taken])
+                for forked in taken:
+                    forked.model_end.close()
+                found = list(pool.map(self._guest, taken, frames))
+                kind, data = self._receive(Pipe(host.end, _LARGEST_VERDICT))
+                if kind != ANSWER:
+                    raise DiedError(data.decode(errors="replace"))
+                well = _verdict.decode(data)
+                if len(well) != len(frames):
+                    raise DiedError("it answers for other blocks")
+            except (DiedError, OSError, msgspec.MsgspecError) as error:
+                self._end_host()
+                raise DiedError(f"the host of blocks has died ({error})") from error
+        answers = [answer if good else None for (answer, _), good in zip(found, well, strict=True)]
+        return Shared(answers, [events for _, events in found])
+
+    def _guest(self, forked: _Forked, frame: bytes) -> tuple[bytes | None, list[Event]]:
+        """The answer of one of them, None where it has none, and what happened meanwhile."""
+        events: list[Event] = []
+
+        def emit(event: Event) -> None:
+            events.append(event)
+
+        with suppress(DiedError):
+            return self._talk(Pipe(forked.end, self._limits.answer), frame, emit, GUEST), events
+        return None, []
+
+    def _host_of_blocks(self) -> _Forked:
+        if self._host is None:
+            self._host = self._helper.submit(self._fork, self._socket, HOST).result()
+        return self._host
+
+    def _end_host(self) -> None:
+        host, self._host = self._host, None
+        if host is not None:
+            self._end(host)
 
     def stop(self) -> None:
-        forked = self._current
-        if forked is not None:
+        for forked in self._current:
             self._kill_child(forked.child)
+        self._stops += 1
+        if self._stops > 1:  # without its blocks, a host has little left to do
+            self._end_host()
 
     def close(self) -> None:
         waiting, self._waiting = self._waiting, deque()
         super().close()  # those that it has forked die with it
+        host, self._host = self._host, None
+        if host is not None:
+            host.close()
         for each in waiting:
             if not each.cancel() and each.done() and each.exception() is None:
-                each.result().end.close()
+                each.result().close()
 
     def _end(self, forked: _Forked) -> bool:
         """Whether there is a zygote that has seen to it."""
         lives = self._kill_child(forked.child)
-        forked.end.close()
+        forked.close()
         return lives
 
     def _kill_child(self, child: int) -> bool:
@@ -267,29 +349,31 @@ class ConfinedRunner(ModelProcess):
                     return self._socket.recv(64) == KILL
         return False
 
-    def _fork(self, zygote: socket.socket | None) -> _Forked:
+    def _fork(self, zygote: socket.socket | None, what: bytes = FORK) -> _Forked:
         ours, theirs = socket.socketpair()
-        with theirs:
-            child = self._ask_for_child(zygote, theirs)
+        model_end, its_end = socket.socketpair()
+        forked = _Forked(0, ours, model_end)
         try:
+            with theirs, its_end:
+                forked = forked._replace(child=self._ask_for_child(zygote, what, [theirs, its_end]))
             kind, data = self._receive(Pipe(ours, _LARGEST_EVENT))
         except DiedError as error:
-            ours.close()
+            forked.close()
             raise NotBegunError(str(error)) from error
         if kind != READY:
-            ours.close()
+            forked.close()
             raise DiedError(data.decode(errors="replace") if kind == PROBLEM else _SAID[PROBLEM])
-        return _Forked(child, ours)
+        return forked
 
-    def _ask_for_child(self, zygote: socket.socket | None, theirs: socket.socket) -> int:
+    def _ask_for_child(self, zygote: socket.socket | None, what: bytes, theirs: list[socket.socket]) -> int:
         processor = self._limits.seconds * (os.cpu_count() or 1) + 10  # in case: the server ends a job at its time
-        command = FORK + f"{self._limits.memory} {processor}".encode()
+        command = what + f"{self._limits.memory} {processor}".encode()
         with self._control:
             try:
                 if zygote is None:
                     raise OSError("it was ended")
                 zygote.settimeout(_CONTROL)
-                socket.send_fds(zygote, [command], [theirs.fileno()])
+                socket.send_fds(zygote, [command], [each.fileno() for each in theirs])
                 answer = zygote.recv(64)
             except OSError as error:
                 answer = str(error).encode()

@@ -14,7 +14,7 @@ import msgspec
 
 from ..errors import NNsightError
 from ..protocol import Event, Shared, versions
-from ..sandbox import JOB
+from ..sandbox import APART, JOB, JOBS
 from ._actor import ANSWERED, DIED, HAPPENED, NOT_BEGUN, TAKEN, Charge, ModelActor, leave_the_cluster
 from ._limits import Limits
 from ._monitor import log
@@ -145,8 +145,8 @@ class RayRunner:
         self._forget()
         raise DiedError("the actor has said nothing of the job")
 
-    def run_together(self, frames: list[bytes]) -> Shared:
-        return share(self.run, frames)
+    def run_together(self, frames: list[bytes], *, apart: bool) -> Shared:
+        return share(self.run, frames, APART if apart else JOBS)
 
     def stop(self) -> None:
         actor = self._actor

@@ -36,7 +36,7 @@ class NotBegunError(DiedError):
 class Runner(Protocol):
     """Runs one job at a time on a model, or several in one forward; see `_process` and `_embed`.
 
-    `mixes_owners` says whether jobs of several users may be in one process.
+    `mixes_owners` says whether jobs of several users may be in one process; others keep them apart.
     """
 
     mixes_owners: bool
@@ -51,8 +51,8 @@ class Runner(Protocol):
         """The answer to a job."""
         ...
 
-    def run_together(self, frames: list[bytes]) -> Shared:
-        """What jobs in one forward have left."""
+    def run_together(self, frames: list[bytes], *, apart: bool) -> Shared:
+        """What jobs in one forward have left; those of several users may have to be kept `apart`."""
         ...
 
     def stop(self) -> None:
@@ -171,6 +171,8 @@ class Replica:
 
     def _run_with_others(self, claim: Claim) -> None:
         others = self._queue.claim_beside(claim, self.model, same_owner=not self._runner.mixes_owners)
+        if not others and not self._runner.mixes_owners:
+            others = self._queue.claim_beside(claim, self.model, same_owner=False)
         if others:
             self._run_together([claim, *others])
         else:
@@ -183,7 +185,8 @@ class Replica:
         watch = _Watch(claims, seconds, self._queue, self._runner)
         watch.start()
         try:
-            shared = self._runner.run_together([claim.frame for claim in claims])
+            apart = not self._runner.mixes_owners and len({claim.owner for claim in claims}) > 1
+            shared = self._runner.run_together([claim.frame for claim in claims], apart=apart)
         except DiedError as error:  # one of them was cancelled, takes long, or is fatal: alone it harms none but itself
             log.info("forward not shared", extra={"model": self.model, "reason": watch.reason or str(error)})
         finally:

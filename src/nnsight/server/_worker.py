@@ -32,6 +32,7 @@ from ..sandbox import (
     execute,
     execute_together,
     rehearse,
+    serve_host,
     summary,
     warm,
 )
@@ -65,7 +66,7 @@ def main(descriptor: str, command: str) -> int:
         _serve(pipe, model)
     else:
         pipe.send(READY)
-        Zygote(end, model, rehearse=partial(rehearse, model)).serve()
+        Zygote(end, model, rehearse=partial(rehearse, model), host=serve_host).serve()
     return 0
 
 

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import os
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from functools import partial
 from threading import get_ident
 from types import TracebackType
 from typing import TYPE_CHECKING, Any
@@ -302,8 +303,17 @@ class Tracer:
         elif self._flow is None:
             self._flow = Dataflow()
         deferred = self._flows()[-1 if apart else 0].add(block, scope, worker)
-        worker.start(deferred.run)
-        run.add(worker)
+        self._begin_worker(worker, deferred.run, given)
+
+    def _add_worker(self, attend: Callable[[Worker], None], given: Given, label: str) -> None:
+        """Add an invoke whose block is a function."""
+        run, _ = self._active("invoke()")
+        worker = Worker(run, label)
+        self._begin_worker(worker, partial(attend, worker), given)
+
+    def _begin_worker(self, worker: Worker, body: Callable[[], None], given: Given | None) -> None:
+        worker.start(body)
+        worker.run.add(worker)
         if given is not None:
             self._given.append(given)
             self._owners.append(worker)

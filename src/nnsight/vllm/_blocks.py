@@ -109,12 +109,12 @@ class SkeletonModel(ServedModel):
         return self._config
 
 
-def run_block(descriptor: int, model: NNsight, allowance: Allowance) -> None:
+def run_block(descriptors: list[int], model: NNsight, allowance: Allowance) -> None:
     """In the forked process: give everything up, then run the job that comes."""
     assert isinstance(model, SkeletonModel)
     torch.set_num_threads(model._threads)  # as many as the worker has: sums are made in the same order
     torch.seed()
-    end = socket.socket(fileno=descriptor)
+    end = socket.socket(fileno=descriptors[0])
     give_up(end, allowance)
     Blocks(end, model).serve()
 

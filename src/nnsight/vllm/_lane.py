@@ -15,7 +15,7 @@ import torch
 from greenlet import getcurrent
 from torch.nn import Module
 
-from .._core import RESULT, Coroutine, Instruments, Pass, capture_modes, switch_modes
+from .._core import RESULT, Coroutine, Pass, capture_modes, switch_modes
 from ..errors import NNsightError
 
 if TYPE_CHECKING:
@@ -27,24 +27,6 @@ if TYPE_CHECKING:
 
 # Makes the lanes of the job whose code runs.
 lane_maker: ContextVar[Callable[[Given], Lane]] = ContextVar("nnsight_lane_maker")
-
-
-class LaneInstruments(Instruments):
-    """Nothing is replaced for a single run: the engine has done that for all of them."""
-
-    def __init__(self, root: Module) -> None:
-        super().__init__(root)
-        self.profile = {}
-
-    def install(self) -> None:
-        """Nothing to do."""
-
-    def remove(self) -> None:
-        """Nothing to do."""
-
-    def add(self, module: Module) -> bool:
-        """Every module is visible from the start."""
-        return True
 
 
 class Lane:

@@ -8,13 +8,12 @@ from typing import Any, NamedTuple
 import torch
 from torch.nn import Module
 
-from .._core import OUTPUT
+from .._core import OUTPUT, StillInstruments
 from ..errors import EditError, NamesError
 from ..modeling import NNsight, open_elsewhere, show_block_output, take_block_output
 from ..trace import Given
 from ._compiled import compile_edits
 from ._engine import SAMPLES, Engine
-from ._lane import LaneInstruments
 from ._tracer import LaneTracer
 
 # Class of vLLM's -> list of layers, and in each: attention, MLP, the norm between them; and around: embedding, last norm.
@@ -135,7 +134,7 @@ class ServedModel(NNsight):
         self._load_tokenizer = load_tokenizer
         self._tokenizer: Any = None
         tree = self._tree
-        tree.instruments = LaneInstruments(engine.root)
+        tree.instruments = StillInstruments(engine.root)
         tree.plain_tensors = False
         tree.hides_operations = (
             "On vLLM the operations inside a forward are those of all requests, and of kernels: read the modules' values, "

@@ -1,0 +1,385 @@
+"""Jobs of several users in one forward: each block in a process of its own, the model in one that runs nobody's code."""
+
+from __future__ import annotations
+
+import os
+import signal
+import threading
+import time
+
+import pytest
+import torch
+
+from nnsight import LanguageModel
+from nnsight.protocol import Answer, Decoder, read_outcome, read_tensors
+from nnsight.remote._open import _embedded
+from nnsight.server._app import TooLargeError
+from nnsight.server._limits import Limits
+from nnsight.server._process import ConfinedRunner
+from nnsight.server._replica import DiedError
+
+NAME = "nnsight/landmarks"
+HERE = {"backend": "local-process", "blocking": False}
+PROMPTS = ["The Eiffel Tower is in the city of", "The Brandenburg Gate is in the city of"]
+
+
+@pytest.fixture(scope="module")
+def runner():
+    runner = ConfinedRunner(NAME, {}, Limits())
+    runner.start()
+    yield runner
+    runner.close()
+
+
+@pytest.fixture(scope="module")
+def model():
+    model = LanguageModel(NAME)
+    with model.trace("Hello", **HERE) as job:
+        model.lm_head.output.save()
+    job.result()
+    return model
+
+
+@pytest.fixture(scope="module")
+def frame_of(model):
+    """The frame that a block is sent as."""
+    service = _embedded[model._tree]._client._transport.app.state.service
+    sent, submit = [], service.queue.submit
+
+    def keep(owner, key, name, frame, *args, **options):
+        sent.append(frame)
+        raise TooLargeError("it was kept for a test")
+
+    service.queue.submit = keep
+
+    def frame_of(make, prompt=PROMPTS[0]):
+        sent.clear()
+        make(model, prompt)
+        while not sent:
+            time.sleep(0.005)
+        return sent[0]
+
+    yield frame_of
+    service.queue.submit = submit
+
+
+def values_of(answer):
+    """The saved values and changes in an answer."""
+    outcome, payload = read_outcome(answer)
+    assert isinstance(outcome, Answer), outcome
+    decoder = Decoder(read_tensors(outcome.tensors, payload), outcome.containers, ((), ()))
+    return {name: decoder.decode(node) for name, node in outcome.names.items()}
+
+
+def check_equal(found, wanted):
+    assert found.keys() == wanted.keys()
+    for name, value in wanted.items():
+        torch.testing.assert_close(
+            found[name], value, rtol=1e-5, atol=1e-4, msg=lambda text, name=name: f"{name}: {text}"
+        )
+
+
+# --- what blocks do that share ------------------------------------------------------------------------------------
+
+
+def reads(model, prompt):
+    with model.trace(prompt, **HERE):
+        embedded = model.transformer.wte.output.save()
+        hidden = model.transformer.h[3].output[0].save()
+        attention = model.transformer.h[4].attn.output[0].save()
+        logits = model.lm_head.output.save()
+
+
+def reads_the_output(model, prompt):
+    with model.trace(prompt, **HERE):
+        logits = model.output.logits.save()
+        best = logits[0, -1].argmax().item()
+        found = [best].save()
+
+
+def changes_in_place(model, prompt):
+    with model.trace(prompt, **HERE):
+        hidden = model.transformer.h[2].output[0]
+        hidden[:, -1] = 0
+        later = model.transformer.h[3].output[0]
+        later[:, 0] *= 2
+        later.save()
+        logits = model.lm_head.output.save()
+
+
+def assigns(model, prompt):
+    with model.trace(prompt, **HERE):
+        out = model.transformer.h[4].output
+        model.transformer.h[4].output[0] = out[0] * 0.5
+        logits = model.lm_head.output.save()
+
+
+def assigns_what_it_was_shown(model, prompt):
+    with model.trace(prompt, **HERE):
+        before = model.transformer.h[1].mlp.output
+        model.transformer.h[5].mlp.output = before + model.transformer.h[5].mlp.output
+        logits = model.lm_head.output.save()
+
+
+def assigns_inputs(model, prompt):
+    with model.trace(prompt, **HERE):
+        model.transformer.h[1].input = model.transformer.h[1].input * 2
+        args, kwargs = model.transformer.h[2].inputs
+        model.transformer.h[2].inputs = (args[0] * 2, *args[1:]), kwargs
+        logits = model.output.logits.save()
+
+
+def looks_at_the_input_at_the_output(model, prompt):
+    with model.trace(prompt, **HERE):
+        after = model.transformer.h[2].mlp.output.save()
+        before = model.transformer.h[2].mlp.input.save()
+
+
+def skips(model, prompt):
+    with model.trace(prompt, **HERE):
+        model.transformer.h[2].mlp.skip(model.transformer.h[2].mlp.input * 0.1)
+        logits = model.lm_head.output.save()
+
+
+def calls_modules(model, prompt):
+    with model.trace(prompt, **HERE):
+        hidden = model.transformer.h[5].output[0]
+        early = model.lm_head(model.transformer.ln_f(hidden)).save()
+
+
+def needs_gradients(model, prompt):
+    with model.trace(prompt, **HERE):
+        hidden = model.transformer.h[1].output[0]
+        needed = [hidden.requires_grad, hidden.mean().requires_grad].save()
+        hidden[:, -1] += 1
+        logits = model.lm_head.output.detach().save()
+
+
+def without_gradients(model, prompt):
+    with torch.no_grad(), model.trace(prompt, **HERE):
+        hidden = model.transformer.h[1].output[0].save()
+        needed = [hidden.requires_grad].save()
+
+
+def in_inference_mode(model, prompt):
+    with torch.inference_mode(), model.trace(prompt, **HERE):
+        model.transformer.h[1].output[0][:, -1] = 0
+        logits = model.lm_head.output.save()
+
+
+def several_rows(model, prompt):
+    with model.trace([prompt, prompt], **HERE):
+        model.transformer.h[1].output[0][1] = 0
+        logits = model.lm_head.output.save()
+
+
+def asks_for_nothing(model, prompt):
+    with model.trace(prompt, **HERE):
+        found = [1, 2].save()
+
+
+SHARED = [
+    *(reads, reads_the_output, changes_in_place, assigns, assigns_what_it_was_shown, assigns_inputs),
+    *(looks_at_the_input_at_the_output, skips, calls_modules, needs_gradients, without_gradients),
+    *(in_inference_mode, several_rows, asks_for_nothing),
+]
+
+
+def alone_of(runner, frame):
+    return values_of(runner.run(frame, lambda event: None))
+
+
+@pytest.mark.parametrize("make", SHARED, ids=lambda make: make.__name__)
+def test_a_block_gets_what_it_gets_alone(runner, frame_of, make):
+    """Beside one that changes everything in its rows."""
+    frames = [
+        frame_of(changes_in_place, PROMPTS[0]),
+        frame_of(make, PROMPTS[0]),
+        frame_of(changes_in_place, PROMPTS[0]),
+    ]
+    shared = runner.run_together(frames, apart=True)
+    assert None not in shared.answers
+    check_equal(values_of(shared.answers[1]), alone_of(runner, frames[1]))
+
+
+def test_sixteen_blocks_on_prompts_of_several_lengths(runner, frame_of):
+    makes = [*SHARED, reads, assigns]
+    frames = [frame_of(make, PROMPTS[number % 2]) for number, make in enumerate(makes)]
+    shared = runner.run_together(frames, apart=True)
+    assert None not in shared.answers
+    for frame, answer in zip(frames, shared.answers, strict=True):
+        check_equal(values_of(answer), alone_of(runner, frame))
+
+
+def test_prints_go_to_their_own_job(runner, frame_of):
+    def says(word):
+        def make(model, prompt):
+            with model.trace(prompt, **HERE):
+                print(word, model.lm_head.output.shape[0])
+
+        return make
+
+    shared = runner.run_together([frame_of(says("one")), frame_of(says("two"))], apart=True)
+    assert [[event.text for event in events] for events in shared.events] == [["one 1\n"], ["two 1\n"]]
+
+
+# --- what cannot be right there is run alone -----------------------------------------------------------------------
+
+
+def reads_too_late(model, prompt):
+    with model.trace(prompt, **HERE):
+        later = model.transformer.h[5].output[0].save()
+        earlier = model.transformer.h[2].output[0].save()
+
+
+def reads_again(model, prompt):
+    with model.trace(prompt, **HERE):
+        one = model.transformer.h[2].output[0].save()
+        two = model.transformer.h[5].output[0].save()
+        again = model.transformer.h[2].output[0].save()
+
+
+def asks_for_a_later_call(model, prompt):
+    with model.trace(prompt, **HERE):
+        first = model.transformer.h[2].mlp.act.next().output.save()
+
+
+def asks_for_an_operation(model, prompt):
+    with model.trace(prompt, **HERE):
+        pattern = model.layers[2].attn.pattern.save()
+
+
+def changes_what_another_value_lies_in(model, prompt):
+    """The same tensor at two places: what was saved at the first changes with the second."""
+    with model.trace(prompt, **HERE):
+        saved = model.transformer.h[0].output[0].save()
+        model.transformer.h[1].input[:] = 0
+
+
+def changes_what_has_passed(model, prompt):
+    with model.trace(prompt, **HERE):
+        hidden = model.transformer.h[0].output[0]
+        model.transformer.h[3].output[0].save()
+        hidden[:] = 0
+        model.lm_head.output.save()
+
+
+def looks_at_an_object(model, prompt):
+    with model.trace(prompt, **HERE):
+        kwargs = model.transformer.h[0].inputs[1]
+        args = model.transformer.h[0].inputs[0]
+        found = [str(value) for value in [*args, *kwargs.values()] if value is not None]
+
+
+def exchanges_a_part(model, prompt):
+    with model.trace(prompt, **HERE):
+        out = model.output
+        out.logits = out.logits * 0
+        logits = model.output.logits.save()
+
+
+def sets_an_attribute(model, prompt):
+    with model.trace(prompt, **HERE):
+        model.transformer.h[0].attn.scale_attn_weights = False
+        logits = model.lm_head.output.save()
+
+
+def exchanges_a_module(model, prompt):
+    with model.trace(prompt, **HERE):
+        model.transformer.h[3].mlp = model.transformer.h[2].mlp
+        logits = model.lm_head.output.save()
+
+
+def changes_a_weight(model, prompt):
+    with model.trace(prompt, **HERE):
+        model.transformer.wpe.get_parameter("wei" + "ght").mul_(0)
+        logits = model.lm_head.output.save()
+
+
+def draws_random_numbers(model, prompt):
+    with model.trace(prompt, **HERE):
+        noise = torch.empty(3).exponential_().save()
+        logits = model.lm_head.output.save()
+
+
+def fails(model, prompt):
+    with model.trace(prompt, **HERE):
+        wrong = model.lm_head.output @ torch.ones(3)
+
+
+def never_runs(model, prompt):
+    with model.trace(prompt, **HERE):
+        model.transformer.drop.next().output.save()
+
+
+def makes_a_shape_that_does_not_fit(model, prompt):
+    with model.trace(prompt, **HERE):
+        model.transformer.h[2].input = model.transformer.h[2].input[:, :, :5]
+        logits = model.lm_head.output.save()
+
+
+def makes_a_large_value(model, prompt):
+    with model.trace(prompt, **HERE):
+        model.transformer.h[2].mlp.output = torch.zeros(1, 10, 2**23)
+        logits = model.lm_head.output.save()
+
+
+ALONE = [
+    *(reads_too_late, reads_again, asks_for_a_later_call, asks_for_an_operation, changes_what_another_value_lies_in),
+    *(changes_what_has_passed, looks_at_an_object, exchanges_a_part, sets_an_attribute, exchanges_a_module),
+    *(changes_a_weight, draws_random_numbers, fails, never_runs, makes_a_shape_that_does_not_fit, makes_a_large_value),
+]
+
+
+@pytest.mark.parametrize("make", ALONE, ids=lambda make: make.__name__)
+def test_what_needs_the_model_itself_is_run_alone_and_harms_nobody(runner, frame_of, make):
+    frames = [frame_of(reads), frame_of(make), frame_of(changes_in_place)]
+    shared = runner.run_together(frames, apart=True)
+    assert shared.answers[1] is None
+    for number in (0, 2):
+        check_equal(values_of(shared.answers[number]), alone_of(runner, frames[number]))
+
+
+def makes_the_model_fail(model, prompt):
+    with model.trace(prompt, **HERE):
+        model.transformer.wte.input = model.transformer.wte.input + 10**6
+        logits = model.lm_head.output.save()
+
+
+def test_what_ends_the_forward_leaves_everybody_to_be_run_alone(runner, frame_of):
+    frames = [frame_of(reads), frame_of(makes_the_model_fail)]
+    assert runner.run_together(frames, apart=True).answers == [None, None]
+    again = runner.run_together([frames[0], frames[0]], apart=True)
+    for answer in again.answers:
+        check_equal(values_of(answer), alone_of(runner, frames[0]))
+
+
+def test_a_host_that_has_died_is_started_again(runner, frame_of):
+    frames = [frame_of(reads)] * 2
+    assert None not in runner.run_together(frames, apart=True).answers
+    os.kill(runner._host.child, signal.SIGKILL)
+    with pytest.raises(DiedError):
+        runner.run_together(frames, apart=True)
+    assert None not in runner.run_together(frames, apart=True).answers
+
+
+def test_one_that_hangs_is_left_alone(runner, frame_of):
+    """The others have their answers; the process of the one that hangs ends when the server says so."""
+
+    def hangs(model, prompt):
+        with model.trace(prompt, **HERE):
+            model.transformer.h[0].output[0].save()
+            for _ in range(10**12):
+                pass
+
+    for seconds, times in ((4, 1), (1, 2)):
+        stop = threading.Timer(seconds, lambda times=times: [runner.stop() for _ in range(times)])
+        stop.start()
+        if times == 1:
+            shared = runner.run_together([frame_of(reads), frame_of(hangs)], apart=True)
+            assert [answer is None for answer in shared.answers] == [False, True]
+        else:
+            with pytest.raises(DiedError):
+                runner.run_together([frame_of(reads), frame_of(hangs)], apart=True)
+        stop.join()
+        assert None not in runner.run_together([frame_of(reads)] * 2, apart=True).answers
