@@ -395,6 +395,16 @@ def test_no_source_is_refused(Later):
         exec("with Later():\n    x = 1\n", {"Later": Later})
 
 
+def test_a_file_that_another_text_stands_for_in_linecache(Later, monkeypatch):
+    """As while a job that brings a function of this file runs in another thread."""
+    lines = ["\n"] * 3 + ["def other():\n", "    return 1\n"]
+    monkeypatch.setitem(linecache.cache, __file__, (sum(map(len, lines)), None, lines, __file__))
+    x = 0
+    with Later(times=2):
+        x += 1
+    assert x == 2
+
+
 def test_exec_with_source_in_linecache(Later, monkeypatch):
     source = "x = 1\nwith Later():\n    x += 1\n"
     monkeypatch.setitem(linecache.cache, "<made>", (len(source), None, source.splitlines(True), "<made>"))

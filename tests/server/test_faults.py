@@ -125,13 +125,13 @@ class Runs:
     def start(self):
         pass
 
-    def run(self, frame, emit):
+    def run(self, frame, emit, owner):
         act = self.acts.pop(0) if self.acts else b"answer"
         if isinstance(act, bytes):
             return act
         raise act
 
-    def run_together(self, frames, *, apart):
+    def run_together(self, frames, owners):
         raise DiedError("not here")
 
     def stop(self):

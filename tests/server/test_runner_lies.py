@@ -40,7 +40,7 @@ def told(said: bytes):
         theirs.sendall(said)
         theirs.shutdown(socket.SHUT_WR)
         try:
-            return ConfinedRunner("m", {}, LIMITS)._talk(Pipe(ours, LIMITS.answer), b"job", seen.append), seen
+            return ConfinedRunner("m", {}, LIMITS)._talk(Pipe(ours, LIMITS.answer), b"job", seen.append)[1], seen
         except DiedError:
             return None, seen
 
@@ -80,7 +80,7 @@ def test_an_answer_too_large_is_a_death():
 )
 def test_answers_of_a_shared_forward_fit_its_jobs(said):
     try:
-        shared = share(lambda *_: said, [b"one", b"two"])
+        shared = share(lambda *_: said, [b"one", b"two"], ["ann", "ann"])
     except DiedError:
         return
     assert len(shared.answers) == len(shared.events) == 2

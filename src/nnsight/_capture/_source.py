@@ -5,6 +5,7 @@ import __future__
 import ast
 import linecache
 import sys
+import tokenize
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from dis import get_instructions
@@ -70,7 +71,7 @@ def where(frame: FrameType) -> str:
 
 
 def sources_of(frame: FrameType) -> Iterator[Source]:
-    """The source as it was read first, then as it is now if that is different."""
+    """The source as it was read first, then as it is now if that is different, and as it is in the file."""
     filename = frame.f_code.co_filename
     lines = linecache.getlines(filename, frame.f_globals)
     if not lines:
@@ -80,6 +81,17 @@ def sources_of(frame: FrameType) -> Iterator[Source]:
     again = linecache.getlines(filename, frame.f_globals)
     if again and again is not lines:
         yield _source(again)
+    own = _read(filename)  # a job that runs in another thread may show its own text under this name
+    if own:
+        yield _source(own)
+
+
+def _read(filename: str) -> list[str]:
+    try:
+        with tokenize.open(filename) as file:
+            return file.readlines()
+    except (OSError, SyntaxError, UnicodeDecodeError):
+        return []
 
 
 def stale(frame: FrameType) -> CaptureError:

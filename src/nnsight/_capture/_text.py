@@ -2,6 +2,7 @@
 
 import ast
 from collections.abc import Iterable, Iterator
+from contextlib import suppress
 from dataclasses import dataclass
 from threading import Lock
 from typing import Any
@@ -12,12 +13,18 @@ STRINGS = (ast.Constant, ast.JoinedStr)
 
 
 _parsing = Lock()
+_ATTEMPTS = 5
 
 
 def parse(source: str) -> ast.Module:
-    """The syntax tree of a text; one at a time, because Python 3.11 confuses parsers in several threads."""
-    with _parsing:
-        return ast.parse(source)
+    """The syntax tree of a text; one at a time, because Python 3.11 confuses parsers in several threads.
+
+    Others, as of an import in another thread, do not wait for a turn, so that it may take several attempts.
+    """
+    for _ in range(_ATTEMPTS):
+        with _parsing, suppress(SystemError):
+            return ast.parse(source)
+    return ast.parse(source)
 
 
 @dataclass(frozen=True)

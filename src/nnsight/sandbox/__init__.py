@@ -10,7 +10,6 @@ from ._jail import missing as missing
 from ._kernel import die_with_parent as die_with_parent
 from ._pipe import ALONE as ALONE
 from ._pipe import ANSWER as ANSWER
-from ._pipe import APART as APART
 from ._pipe import BEGUN as BEGUN
 from ._pipe import EVENT as EVENT
 from ._pipe import FORK as FORK
@@ -22,14 +21,17 @@ from ._pipe import KILL as KILL
 from ._pipe import LOAD as LOAD
 from ._pipe import PROBLEM as PROBLEM
 from ._pipe import READY as READY
+from ._pipe import STAYS as STAYS
 from ._pipe import STOPPED as STOPPED
 from ._pipe import WARM as WARM
 from ._pipe import Pipe as Pipe
 from ._rebuild import Files as Files
 from ._rehearsal import rehearse as rehearse
 from ._rehearsal import warm as warm
+from ._slate import can_stay as can_stay
 from ._together import can_share as can_share
 from ._together import execute_together as execute_together
+from ._together import unpack as unpack
 from ._zygote import Zygote as Zygote
 from ._zygote import environment as environment
 from ._zygote import give_up as give_up

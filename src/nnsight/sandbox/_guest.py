@@ -41,7 +41,7 @@ def execute_as_guest(frame: bytes, served: Any, emit: Callable[[Event], None], h
         emit: Called with what the block prints.
         host: The way to the process that runs the model.
     """
-    before = state_of_model(served)
+    before, instruments = state_of_model(served), served._tree.instruments
     served._tree.instruments = StillInstruments(served._module)
     guest = Guest(host, served)
     try:
@@ -52,6 +52,8 @@ def execute_as_guest(frame: bytes, served: Any, emit: Callable[[Event], None], h
             answer, tensors = run_job(job, reader, served, seeded=False, prepare=guest.prepare)
     except Exception:  # whatever it is, the job meets it again alone
         return None
+    finally:
+        served._tree.instruments = instruments
     return write_frame(answer, tensors) if before == state_of_model(served) else None
 
 

@@ -12,6 +12,7 @@ import os
 import socket
 import warnings
 from collections import defaultdict
+from contextlib import suppress
 from typing import Any
 
 import msgspec
@@ -129,6 +130,7 @@ class GuestBlock:
         self.well = False
         self.inputs: dict[str, torch.Tensor] = {}
         self.begun = Begin([], grad=False, inference=False, tensors=[])
+        self._end = end
         self._pipe = Pipe(end, LARGEST, _SECONDS)
         self._modules = modules
         self._memory = memory
@@ -225,8 +227,11 @@ class GuestBlock:
         self.well = self._ended and all(is_as_sent(*shown) for shown in self._shown.values())
 
     def close(self) -> None:
-        """Have no more to do with it."""
-        self._pipe.close()
+        """Have no more to do with it; one that was not served well is told, whoever else holds this end."""
+        if not self.well:
+            with suppress(OSError):
+                self._end.shutdown(socket.SHUT_RDWR)
+        self._end.close()
 
 
 def _common(visit: Visit, worker: Worker, is_input: bool) -> set[int]:

@@ -11,7 +11,7 @@ _LARGEST = 2**40
 
 JOB, READY, EVENT, ANSWER, STOPPED, PROBLEM = b"J", b"R", b"E", b"A", b"S", b"P"
 JOBS = b"M"  # several jobs to be run together; the answer is a `Shared`
-APART = b"X"  # the same, each in a process of its own
+STAYS = b"Y"  # an answer of a process that can run another job of the same user
 GUEST, ALONE = b"G", b"N"  # a job whose values come from a host; the answer where it is to be run alone
 FORK, HOST, BEGUN, KILL = b"F", b"H", b"B", b"K"  # between a server and a zygote
 WARM, LOAD = b"W", b"L"  # a process that could load its model now; that it is to

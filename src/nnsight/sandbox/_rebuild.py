@@ -15,7 +15,7 @@ from typing import Any, ClassVar
 
 import torch
 
-from .._capture import Block, Scope
+from .._capture import Block, Scope, parse
 from ..envoy import Envoy
 from ..errors import ProtocolError
 from ..modeling import NNsight
@@ -128,7 +128,7 @@ class JobReader(Decoder):
             raise ProtocolError("a definition needs itself to be made")
         self._making.add(index)
         self._remember(text)
-        tree = ast.parse(text.source)
+        tree = parse(text.source)
         needed = set(_needed_at_once(tree))
         for name, node in self.job.namespaces[text.namespace].values.items():
             if name in needed and name not in space:

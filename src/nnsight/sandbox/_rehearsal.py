@@ -6,7 +6,6 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
 
-import msgspec
 import torch
 
 from ..modeling import NNsight
@@ -27,7 +26,7 @@ def warm(model: Any) -> None:
         _ = tracer.result
     model._model.zero_grad(set_to_none=True)
     rehearse(model)
-    execute_together(msgspec.msgpack.encode([_job()] * 2), model)
+    execute_together([_job()] * 2, model)
 
 
 @contextmanager

@@ -75,7 +75,7 @@ _BY_PATH = {
     "statx": 332,
     "faccessat2": 439,
 }
-_RECVMSG = 47
+_RECEIVING = (47, 48)  # recvmsg, shutdown
 _CLONE, _CLONE3, _TGKILL = 56, 435, 234
 _CLONE_THREAD = 0x10000
 
@@ -101,7 +101,7 @@ def seccomp_filter(pid: int, *, receives: bool = False) -> bytes:
     add(_LOAD, _NUMBER)
     add(_AT_LEAST, _X32, 0, 1)
     add(_RETURN, _KILL)
-    for number in (*_ALLOWED.values(), *_BY_PATH.values(), *([_RECVMSG] if receives else [])):
+    for number in (*_ALLOWED.values(), *_BY_PATH.values(), *(_RECEIVING if receives else ())):
         add(_EQUAL, number, 0, 1)
         add(_RETURN, _ALLOW)
     add(_EQUAL, _CLONE3, 0, 1)  # its flags are behind a pointer; the C library falls back to `clone`

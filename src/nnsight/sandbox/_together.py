@@ -49,9 +49,14 @@ def can_share(job: Job, size: int) -> bool:
     return unused and _minds_its_rows(block.source)
 
 
+def words_in(source: str) -> set[str]:
+    """All words of a text, those in strings and comments too."""
+    return set(_WORD.findall(source))
+
+
 def _minds_its_rows(source: str) -> bool:
     """Whether none of the words is on a list; the server does not parse what strangers send."""
-    words = set(_WORD.findall(source))
+    words = words_in(source)
     forbidden = words & (_ALONE | _STATEMENTS) or any(word.startswith(_PREFIXES) for word in words)
     return source.isascii() and not forbidden  # other letters may stand for these
 
@@ -69,13 +74,17 @@ class _Member(NamedTuple):
     events: list[Event]
 
 
-def execute_together(packed: bytes, served: NNsight) -> bytes:
-    """Run the jobs in a list of frames, those whose inputs have one shape in one forward, and give a `Shared`.
+def unpack(packed: bytes) -> list[bytes]:
+    """The frames of several jobs, sent as one message."""
+    return _frames.decode(packed)
+
+
+def execute_together(frames: list[bytes], served: NNsight) -> bytes:
+    """Run the jobs in several frames, those whose inputs have one shape in one forward, and give a `Shared`.
 
     A job that fails there, or that draws random numbers, warns, or changes weights, is not answered, nor are those that
     shared its forward: all of them are to be run alone, where nothing of this run is left.
     """
-    frames = _frames.decode(packed)
     shared = Shared([None] * len(frames), [[] for _ in frames])
     groups: dict[tuple[Any, ...], list[_Member]] = defaultdict(list)
     for number, frame in enumerate(frames):

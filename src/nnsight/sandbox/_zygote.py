@@ -27,8 +27,9 @@ from ._guest import execute_as_guest
 from ._jail import Allowance, confine
 from ._kernel import die_with_parent
 from ._pages import Range, copy_pages, enlarge_pages, pages_written_by
-from ._pipe import ALONE, ANSWER, BEGUN, EVENT, FORK, GUEST, HOST, JOB, JOBS, KILL, PROBLEM, READY, Pipe
-from ._together import execute_together
+from ._pipe import ALONE, ANSWER, BEGUN, EVENT, FORK, GUEST, HOST, JOBS, KILL, PROBLEM, READY, STAYS, Pipe
+from ._slate import Slate
+from ._together import execute_together, unpack
 
 # What a zygote is told of the environment: a forked block can read all of it.
 _NAMES = {"PATH", "HOME", "LANG", "TMPDIR", "PYTHONPATH", "LD_LIBRARY_PATH", "XDG_CACHE_HOME", "NNSIGHT_DEBUG"}
@@ -108,22 +109,31 @@ class Zygote:
 
 
 def run_confined(descriptors: list[int], model: NNsight, allowance: Allowance) -> None:
-    """In the forked process: give everything up, then read the job, run it, and answer.
+    """In the forked process: give everything up, then read a job, run it, and answer; and again while nothing is left behind.
 
-    The first descriptor is a socket to the server; the second, to a host, which one job alone needs.
+    The first descriptor is a socket to the server; the second, to a host, which some jobs need.
     """
-    end, host = (socket.socket(fileno=descriptor) for descriptor in descriptors)
-    give_up(end, allowance, [host])
-    pipe = Pipe(end)
-    kind, frame = pipe.receive()
-    if kind == JOB:
-        pipe.send(ANSWER, execute(frame, model, _sender(pipe)))
-    elif kind == JOBS:
-        pipe.send(ANSWER, execute_together(frame, model))
-    elif kind == GUEST:
-        answer = execute_as_guest(frame, model, _sender(pipe), Pipe(host, LARGEST))
-        pipe.send(ALONE if answer is None else ANSWER, answer or b"")
-    os._exit(0)
+    end, line = (socket.socket(fileno=descriptor) for descriptor in descriptors)
+    give_up(end, allowance, [line])
+    pipe, host, slate = Pipe(end), Pipe(line, LARGEST), Slate(model)
+    while True:
+        kind, frame = pipe.receive()
+        frames = [frame]
+        if kind == JOBS:
+            frames = unpack(frame)
+            answer = execute_together(frames, model)
+        elif kind == GUEST:
+            answer = execute_as_guest(frame, model, _sender(pipe), host)
+        else:
+            answer = execute(frame, model, _sender(pipe))
+        if answer is None:
+            pipe.send(ALONE)
+        elif slate.is_clean(frames):
+            pipe.send(STAYS, answer)
+            continue
+        else:
+            pipe.send(ANSWER, answer)
+        os._exit(0)
 
 
 def give_up(

@@ -96,11 +96,11 @@ class ModelActor:
             self._heard = time.monotonic()
         return None
 
-    def run(self, frame: bytes, kind: bytes) -> Iterator[Said]:
+    def run(self, frame: bytes, kind: bytes, owners: list[str]) -> Iterator[Said]:
         """Run a job, and tell what happens until its answer."""
         self._heard = time.monotonic()
         said: SimpleQueue[Said] = SimpleQueue()
-        self._running = self._thread.submit(self._run, frame, kind, said)
+        self._running = self._thread.submit(self._run, frame, kind, owners, said)
         yield Said(TAKEN, b"")
         while True:
             found = said.get()
@@ -109,12 +109,12 @@ class ModelActor:
                 self._heard = time.monotonic()
                 return
 
-    def _run(self, frame: bytes, kind: bytes, said: SimpleQueue[Said]) -> None:
+    def _run(self, frame: bytes, kind: bytes, owners: list[str], said: SimpleQueue[Said]) -> None:
         def emit(event: Event) -> None:
             said.put(Said(HAPPENED, msgspec.json.encode(event)))
 
         try:
-            said.put(Said(ANSWERED, self._runner.run(frame, emit, kind)))
+            said.put(Said(ANSWERED, self._runner.run_kind(frame, emit, kind, owners)))
         except NotBegunError as error:
             said.put(Said(NOT_BEGUN, str(error).encode()))
         except DiedError as error:

@@ -42,11 +42,11 @@ class ThreadRunner:
     def rest(self) -> None:
         """The model stays: it is the only one."""
 
-    def run(self, frame: bytes, emit: Emit) -> bytes:
+    def run(self, frame: bytes, emit: Emit, owner: str) -> bytes:
         return execute(frame, self._model, emit, forward_warnings=False)
 
-    def run_together(self, frames: list[bytes], *, apart: bool) -> Shared:
-        return msgspec.msgpack.decode(execute_together(msgspec.msgpack.encode(frames), self._model), type=Shared)
+    def run_together(self, frames: list[bytes], owners: list[str]) -> Shared:
+        return msgspec.msgpack.decode(execute_together(frames, self._model), type=Shared)
 
     def stop(self) -> None:
         """A thread cannot be ended from outside: the job runs to its end."""

@@ -3,17 +3,22 @@
 from __future__ import annotations
 
 import json
+import math
 import os
+import select
 import signal
 import socket
 import subprocess
 import sys
 import threading
-from collections import deque
+import time
+from collections import OrderedDict, deque
 from collections.abc import Callable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager, suppress
-from typing import Any, NamedTuple
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
 
 import msgspec
 
@@ -22,7 +27,6 @@ from ..protocol import Event, Shared, decode_message
 from ..sandbox import (
     ALONE,
     ANSWER,
-    APART,
     BEGUN,
     EVENT,
     FORK,
@@ -34,9 +38,11 @@ from ..sandbox import (
     LOAD,
     PROBLEM,
     READY,
+    STAYS,
     STOPPED,
     WARM,
     Pipe,
+    can_stay,
     environment,
 )
 from ._limits import Limits
@@ -45,6 +51,10 @@ from ._replica import DiedError, Emit, NotBegunError
 _GRACE = 1.0  # seconds that a block has to end when it is interrupted
 _LARGEST_EVENT = 4 * 2**20
 _READY_RUNNERS = 2  # processes that wait for jobs: one can run while another is made
+_MOST_KEPT = 16  # processes that wait for another job of their users
+_MOST_JOBS = 200  # that one of them runs, one after the other
+_KEPT_SECONDS = 30.0  # that it waits
+_REST = 0.1  # seconds of work that it may do meanwhile
 _CONTROL = 120.0  # seconds that a zygote may take to fork
 _LARGEST_VERDICT = 4096
 _event = msgspec.json.Decoder(Event)
@@ -126,8 +136,8 @@ class ModelProcess:
         except (EOFError, OSError) as error:
             raise DiedError(f"the process has died ({error})") from error
 
-    def _talk(self, pipe: Pipe, frame: bytes, emit: Emit, kind: bytes = JOB) -> bytes:
-        """Send a job, and take what comes until its answer."""
+    def _talk(self, pipe: Pipe, frame: bytes, emit: Emit, kind: bytes = JOB) -> tuple[bytes, bytes]:
+        """Send a job, and take what comes until its answer: that, after its kind."""
         try:
             pipe.send(kind, frame)
         except OSError as error:
@@ -137,17 +147,17 @@ class ModelProcess:
                 kind, data = self._receive(pipe)
                 if kind == EVENT and len(data) <= _LARGEST_EVENT:
                     emit(_event.decode(data))
-                elif kind == ANSWER:
-                    return data
+                elif kind in (ANSWER, STAYS):
+                    return kind, data
                 else:
                     raise DiedError(_SAID.get(kind, "the process says what it cannot mean"))
         except (msgspec.MsgspecError, UnicodeDecodeError, RecursionError, OSError) as error:
             raise DiedError(f"the process says what it cannot mean ({error})") from error
 
 
-def share(run: Callable[[bytes, Emit, bytes], bytes], frames: list[bytes], kind: bytes = JOBS) -> Shared:
+def share(run: Callable[[bytes, Emit, bytes, list[str]], bytes], frames: list[bytes], owners: list[str]) -> Shared:
     """Have jobs run together; what comes back fits them."""
-    answer = run(_packed.encode(frames), _ignore, kind)
+    answer = run(_packed.encode(frames), _ignore, JOBS, owners)
     try:
         shared = decode_message(answer, _shared)
     except ProtocolError as error:
@@ -178,11 +188,15 @@ class TrustedRunner(ModelProcess):
         self._idle = threading.Event()
         self._idle.set()
 
-    def run(self, frame: bytes, emit: Emit, kind: bytes = JOB) -> bytes:
+    def run(self, frame: bytes, emit: Emit, owner: str) -> bytes:
+        return self.run_kind(frame, emit, JOB, [owner])
+
+    def run_kind(self, frame: bytes, emit: Emit, kind: bytes, owners: list[str]) -> bytes:
+        """Run one job, or several."""
         assert self._socket is not None
         self._idle.clear()
         try:
-            return self._talk(Pipe(self._socket, self._limits.answer), frame, emit, kind)
+            return self._talk(Pipe(self._socket, self._limits.answer), frame, emit, kind)[1]
         except DiedError as error:
             if str(error) != _SAID[STOPPED]:
                 self._kill()
@@ -190,8 +204,8 @@ class TrustedRunner(ModelProcess):
         finally:
             self._idle.set()
 
-    def run_together(self, frames: list[bytes], *, apart: bool) -> Shared:
-        return share(self.run, frames)
+    def run_together(self, frames: list[bytes], owners: list[str]) -> Shared:
+        return share(self.run_kind, frames, owners)
 
     def stop(self) -> None:
         if self._process is None or self._idle.is_set():
@@ -202,12 +216,31 @@ class TrustedRunner(ModelProcess):
             self._kill()
 
 
-class _Forked(NamedTuple):
-    """A confined process that waits for its job: its number, our end of its socket, and the end that is for a host."""
+@dataclass(eq=False)
+class _Forked:
+    """A confined process that waits for a job: its number, our end of its socket, and the end that is for a host."""
 
     child: int
     end: socket.socket
     model_end: socket.socket
+    jobs: int = 0
+    stays: bool = False  # for another job of the same user
+    since: float = 0.0
+    worked: float = 0.0
+
+    def has_said_something(self) -> bool:
+        """Whether a message waits, or the process is gone."""
+        poll = select.poll()
+        poll.register(self.end, select.POLLIN)
+        return bool(poll.poll(0))
+
+    def seconds_of_work(self) -> float:
+        """What it has had of the processors so far; endless where it is gone."""
+        try:
+            fields = Path(f"/proc/{self.child}/stat").read_text().rpartition(")")[2].split()
+        except OSError:
+            return math.inf
+        return (int(fields[11]) + int(fields[12])) / os.sysconf("SC_CLK_TCK")
 
     def close(self) -> None:
         """Let go of it."""
@@ -218,8 +251,9 @@ class _Forked(NamedTuple):
 class ConfinedRunner(ModelProcess):
     """Has a zygote fork a confined process for each job, or for some of one user's, and talks with that one alone.
 
-    The next ones are forked meanwhile, so that a job need not wait for them. Jobs of several users that share a forward
-    are each in such a process; one more, the host, runs the model for all of them, and nobody's code.
+    The next ones are forked meanwhile, so that a job need not wait for them. One that says that its job has left nothing
+    behind is kept for a while, for another job of the same user. Jobs of several users that share a forward are each in
+    such a process; one more, the host, runs the model for all of them, and nobody's code.
     """
 
     mixes_owners = False
@@ -232,35 +266,53 @@ class ConfinedRunner(ModelProcess):
         self._stops = 0
         self._helper = ThreadPoolExecutor(1, thread_name_prefix="runners")
         self._waiting: deque[Future[_Forked]] = deque()
+        self._kept: OrderedDict[str, _Forked] = OrderedDict()  # by whose they are, the last used last
 
     def start(self) -> None:
         super().start()
         failed = [each for each in self._waiting if each.done() and each.exception() is not None]
         for each in failed:
             self._waiting.remove(each)
-        while len(self._waiting) < _READY_RUNNERS:
-            self._make_one()
+        self._make_some(_READY_RUNNERS)
+        for owner, forked in list(self._kept.items()):
+            late = time.monotonic() - forked.since > _KEPT_SECONDS
+            if late or forked.seconds_of_work() - forked.worked > _REST:
+                self._end_soon(self._kept.pop(owner))
 
-    def _make_one(self) -> None:
-        self._waiting.append(self._helper.submit(self._fork, self._socket))
+    def _make_some(self, count: int) -> None:
+        while len(self._waiting) < count:
+            self._waiting.append(self._helper.submit(self._fork, self._socket))
 
-    def run(self, frame: bytes, emit: Emit, kind: bytes = JOB) -> bytes:
-        if kind == APART:
-            return _packed.encode(self._run_apart(_frames.decode(frame)))
-        with self._using(1) as (forked,):
-            return self._talk(Pipe(forked.end, self._limits.answer), frame, emit, kind)
+    # --- jobs ------------------------------------------------------------------------------------------------------
+
+    def run(self, frame: bytes, emit: Emit, owner: str) -> bytes:
+        return self.run_kind(frame, emit, JOB, [owner])
+
+    def run_together(self, frames: list[bytes], owners: list[str]) -> Shared:
+        return share(self.run_kind, frames, owners)
+
+    def run_kind(self, frame: bytes, emit: Emit, kind: bytes, owners: list[str]) -> bytes:
+        """Run one job, or several, which stay apart where their users are several."""
+        if len(set(owners)) > 1:
+            return _packed.encode(self._run_apart(_frames.decode(frame), owners))
+        with self._using(owners[:1]) as (forked,):
+            said, answer = self._talk(Pipe(forked.end, self._limits.answer), frame, emit, kind)
+            forked.stays = said == STAYS and all(map(can_stay, _frames.decode(frame) if kind == JOBS else [frame]))
+            return answer
 
     @contextmanager
-    def _using(self, count: int) -> Iterator[list[_Forked]]:
-        """Processes that wait, which end with this."""
-        while len(self._waiting) < count:
-            self._make_one()
+    def _using(self, owners: list[str]) -> Iterator[list[_Forked]]:
+        """A process for each of these users, which ends with this, or is kept where it `stays`."""
         taken = self._current = list[_Forked]()
         self._stops = 0
         try:
-            for _ in range(count):
-                taken.append(self._waiting.popleft().result())
-            yield taken
+            kept = [self._take(owner) for owner in owners]
+            taken += filter(None, kept)
+            self._make_some(kept.count(None))
+            fresh = [self._waiting.popleft().result() for _ in range(kept.count(None))]
+            taken += fresh
+            used = [each or fresh.pop() for each in kept]
+            yield used
         except BaseException:
             self._current = []
             ended = [self._end(forked) for forked in taken]
@@ -268,23 +320,40 @@ class ConfinedRunner(ModelProcess):
                 self.close()
             raise
         self._current = []
-        for forked in taken:
-            self._helper.submit(self._end, forked)
-        while len(self._waiting) < _READY_RUNNERS:
-            self._make_one()
+        for forked, owner in zip(used, owners, strict=True):
+            self._keep(forked, owner)
+        self._make_some(_READY_RUNNERS)
 
-    def run_together(self, frames: list[bytes], *, apart: bool) -> Shared:
-        return share(self.run, frames, APART if apart else JOBS)
+    def _take(self, owner: str) -> _Forked | None:
+        """The process that waits for another job of a user, if it is alive and has said nothing since."""
+        forked = self._kept.pop(owner, None)
+        if forked is not None and forked.has_said_something():
+            self._end_soon(forked)
+            return None
+        return forked
 
-    def _run_apart(self, frames: list[bytes]) -> Shared:
+    def _keep(self, forked: _Forked, owner: str) -> None:
+        """Have a process wait for another job of its user, if it can, and end it otherwise."""
+        forked.jobs += 1
+        forked.since, forked.worked = time.monotonic(), forked.seconds_of_work()
+        if not forked.stays or forked.jobs >= _MOST_JOBS or owner in self._kept:
+            self._end_soon(forked)
+            return
+        forked.stays = False
+        self._kept[owner] = forked
+        if len(self._kept) > _MOST_KEPT:
+            self._end_soon(self._kept.popitem(last=False)[1])
+
+    def _end_soon(self, forked: _Forked) -> None:
+        self._helper.submit(self._end, forked)
+
+    def _run_apart(self, frames: list[bytes], owners: list[str]) -> Shared:
         """Run jobs that share a forward in processes of their own; what one of them says counts where the host agrees."""
         host = self._host_of_blocks()
-        with self._using(len(frames)) as taken, ThreadPoolExecutor(len(frames), "guests") as pool:
+        with self._using(owners) as taken, ThreadPoolExecutor(len(frames), "guests") as pool:
             try:
                 socket.send_fds(host.end, [HOST], [forked.model_end.fileno() for forked in taken])
-                for forked in taken:
-                    forked.model_end.close()
-                found = list(pool.map(self._guest, taken, frames))
+                found = pool.map(self._guest, taken, frames)
                 kind, data = self._receive(Pipe(host.end, _LARGEST_VERDICT))
                 if kind != ANSWER:
                     raise DiedError(data.decode(errors="replace"))
@@ -293,9 +362,14 @@ class ConfinedRunner(ModelProcess):
                     raise DiedError("it answers for other blocks")
             except (DiedError, OSError, msgspec.MsgspecError) as error:
                 self._end_host()
+                for forked in taken:
+                    self._kill_child(forked.child)
                 raise DiedError(f"the host of blocks has died ({error})") from error
-        answers = [answer if good else None for (answer, _), good in zip(found, well, strict=True)]
-        return Shared(answers, [events for _, events in found])
+            outcomes = list(found)
+            for forked, good in zip(taken, well, strict=True):
+                forked.stays = forked.stays and good
+        answers = [answer if good else None for (answer, _), good in zip(outcomes, well, strict=True)]
+        return Shared(answers, [events for _, events in outcomes])
 
     def _guest(self, forked: _Forked, frame: bytes) -> tuple[bytes | None, list[Event]]:
         """The answer of one of them, None where it has none, and what happened meanwhile."""
@@ -305,7 +379,9 @@ class ConfinedRunner(ModelProcess):
             events.append(event)
 
         with suppress(DiedError):
-            return self._talk(Pipe(forked.end, self._limits.answer), frame, emit, GUEST), events
+            said, answer = self._talk(Pipe(forked.end, self._limits.answer), frame, emit, GUEST)
+            forked.stays = said == STAYS and can_stay(frame)
+            return answer, events
         return None, []
 
     def _host_of_blocks(self) -> _Forked:
@@ -327,10 +403,11 @@ class ConfinedRunner(ModelProcess):
 
     def close(self) -> None:
         waiting, self._waiting = self._waiting, deque()
+        kept, self._kept = self._kept, OrderedDict()
         super().close()  # those that it has forked die with it
         host, self._host = self._host, None
-        if host is not None:
-            host.close()
+        for each in (*kept.values(), *([host] if host is not None else [])):
+            each.close()
         for each in waiting:
             if not each.cancel() and each.done() and each.exception() is None:
                 each.result().close()
@@ -355,7 +432,7 @@ class ConfinedRunner(ModelProcess):
         forked = _Forked(0, ours, model_end)
         try:
             with theirs, its_end:
-                forked = forked._replace(child=self._ask_for_child(zygote, what, [theirs, its_end]))
+                forked.child = self._ask_for_child(zygote, what, [theirs, its_end])
             kind, data = self._receive(Pipe(ours, _LARGEST_EVENT))
         except DiedError as error:
             forked.close()

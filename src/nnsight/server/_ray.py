@@ -14,7 +14,7 @@ import msgspec
 
 from ..errors import NNsightError
 from ..protocol import Event, Shared, versions
-from ..sandbox import APART, JOB, JOBS
+from ..sandbox import JOB
 from ._actor import ANSWERED, DIED, HAPPENED, NOT_BEGUN, TAKEN, Charge, ModelActor, leave_the_cluster
 from ._limits import Limits
 from ._monitor import log
@@ -124,10 +124,13 @@ class RayRunner:
         if problem is not None:
             raise DiedError(problem)
 
-    def run(self, frame: bytes, emit: Emit, kind: bytes = JOB) -> bytes:
+    def run(self, frame: bytes, emit: Emit, owner: str) -> bytes:
+        return self._run(frame, emit, JOB, [owner])
+
+    def _run(self, frame: bytes, emit: Emit, kind: bytes, owners: list[str]) -> bytes:
         begun = False
         try:
-            for reference in self._actor.run.options(num_returns="streaming").remote(frame, kind):
+            for reference in self._actor.run.options(num_returns="streaming").remote(frame, kind, owners):
                 said, data = self._ray.get(reference)
                 if said == TAKEN:
                     begun = True
@@ -145,8 +148,8 @@ class RayRunner:
         self._forget()
         raise DiedError("the actor has said nothing of the job")
 
-    def run_together(self, frames: list[bytes], *, apart: bool) -> Shared:
-        return share(self.run, frames, APART if apart else JOBS)
+    def run_together(self, frames: list[bytes], owners: list[str]) -> Shared:
+        return share(self._run, frames, owners)
 
     def stop(self) -> None:
         actor = self._actor

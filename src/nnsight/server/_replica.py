@@ -47,12 +47,12 @@ class Runner(Protocol):
     def rest(self) -> None:
         """Let go of the weights, and keep what loading them again is quicker with."""
 
-    def run(self, frame: bytes, emit: Emit) -> bytes:
-        """The answer to a job."""
+    def run(self, frame: bytes, emit: Emit, owner: str) -> bytes:
+        """The answer to a job of a user's."""
         ...
 
-    def run_together(self, frames: list[bytes], *, apart: bool) -> Shared:
-        """What jobs in one forward have left; those of several users may have to be kept `apart`."""
+    def run_together(self, frames: list[bytes], owners: list[str]) -> Shared:
+        """What jobs in one forward have left, each of which is of one of these users."""
         ...
 
     def stop(self) -> None:
@@ -185,8 +185,7 @@ class Replica:
         watch = _Watch(claims, seconds, self._queue, self._runner)
         watch.start()
         try:
-            apart = not self._runner.mixes_owners and len({claim.owner for claim in claims}) > 1
-            shared = self._runner.run_together([claim.frame for claim in claims], apart=apart)
+            shared = self._runner.run_together([claim.frame for claim in claims], [claim.owner for claim in claims])
         except DiedError as error:  # one of them was cancelled, takes long, or is fatal: alone it harms none but itself
             log.info("forward not shared", extra={"model": self.model, "reason": watch.reason or str(error)})
         finally:
@@ -214,7 +213,7 @@ class Replica:
         watch.start()
         output = Output(claim, self._queue, self._limits.output)
         try:
-            answer = self._runner.run(claim.frame, output)
+            answer = self._runner.run(claim.frame, output, claim.owner)
         except NotBegunError:
             watch.end()
             self._queue.give_back(claim.id, claim.turn)

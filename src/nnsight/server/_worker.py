@@ -34,6 +34,7 @@ from ..sandbox import (
     rehearse,
     serve_host,
     summary,
+    unpack,
     warm,
 )
 
@@ -110,7 +111,7 @@ def _run(kind: bytes, frame: bytes, model: LanguageModel, pipe: Pipe, interrupts
     try:
         interrupts.allow()
         try:
-            return execute(frame, model, emit) if kind == JOB else execute_together(frame, model)
+            return execute(frame, model, emit) if kind == JOB else execute_together(unpack(frame), model)
         finally:
             interrupts.forbid()
     except KeyboardInterrupt:

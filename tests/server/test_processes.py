@@ -1,18 +1,21 @@
-"""Jobs of several users in one forward: each block in a process of its own, the model in one that runs nobody's code."""
+"""Confined processes that run jobs one after the other, always of one user, or at once, for forwards of several users."""
 
 from __future__ import annotations
 
+import math
 import os
 import signal
 import threading
 import time
 
+import numpy
 import pytest
 import torch
 
 from nnsight import LanguageModel
 from nnsight.protocol import Answer, Decoder, read_outcome, read_tensors
 from nnsight.remote._open import _embedded
+from nnsight.sandbox import can_stay
 from nnsight.server._app import TooLargeError
 from nnsight.server._limits import Limits
 from nnsight.server._process import ConfinedRunner
@@ -69,6 +72,11 @@ def values_of(answer):
     assert isinstance(outcome, Answer), outcome
     decoder = Decoder(read_tensors(outcome.tensors, payload), outcome.containers, ((), ()))
     return {name: decoder.decode(node) for name, node in outcome.names.items()}
+
+
+def together(runner, frames):
+    """What jobs of as many users leave."""
+    return runner.run_together(frames, [f"user {number}" for number in range(len(frames))])
 
 
 def check_equal(found, wanted):
@@ -185,8 +193,12 @@ SHARED = [
 ]
 
 
+def silent(_event):
+    """What happens is not looked at."""
+
+
 def alone_of(runner, frame):
-    return values_of(runner.run(frame, lambda event: None))
+    return values_of(runner.run(frame, silent, ""))
 
 
 @pytest.mark.parametrize("make", SHARED, ids=lambda make: make.__name__)
@@ -197,7 +209,7 @@ def test_a_block_gets_what_it_gets_alone(runner, frame_of, make):
         frame_of(make, PROMPTS[0]),
         frame_of(changes_in_place, PROMPTS[0]),
     ]
-    shared = runner.run_together(frames, apart=True)
+    shared = together(runner, frames)
     assert None not in shared.answers
     check_equal(values_of(shared.answers[1]), alone_of(runner, frames[1]))
 
@@ -205,7 +217,7 @@ def test_a_block_gets_what_it_gets_alone(runner, frame_of, make):
 def test_sixteen_blocks_on_prompts_of_several_lengths(runner, frame_of):
     makes = [*SHARED, reads, assigns]
     frames = [frame_of(make, PROMPTS[number % 2]) for number, make in enumerate(makes)]
-    shared = runner.run_together(frames, apart=True)
+    shared = together(runner, frames)
     assert None not in shared.answers
     for frame, answer in zip(frames, shared.answers, strict=True):
         check_equal(values_of(answer), alone_of(runner, frame))
@@ -219,7 +231,7 @@ def test_prints_go_to_their_own_job(runner, frame_of):
 
         return make
 
-    shared = runner.run_together([frame_of(says("one")), frame_of(says("two"))], apart=True)
+    shared = together(runner, [frame_of(says("one")), frame_of(says("two"))])
     assert [[event.text for event in events] for events in shared.events] == [["one 1\n"], ["two 1\n"]]
 
 
@@ -292,7 +304,7 @@ def exchanges_a_module(model, prompt):
 
 def changes_a_weight(model, prompt):
     with model.trace(prompt, **HERE):
-        model.transformer.wpe.get_parameter("wei" + "ght").mul_(0)
+        model.transformer.wpe.get_parameter("wei" + "ght").detach().mul_(0)
         logits = model.lm_head.output.save()
 
 
@@ -334,7 +346,7 @@ ALONE = [
 @pytest.mark.parametrize("make", ALONE, ids=lambda make: make.__name__)
 def test_what_needs_the_model_itself_is_run_alone_and_harms_nobody(runner, frame_of, make):
     frames = [frame_of(reads), frame_of(make), frame_of(changes_in_place)]
-    shared = runner.run_together(frames, apart=True)
+    shared = together(runner, frames)
     assert shared.answers[1] is None
     for number in (0, 2):
         check_equal(values_of(shared.answers[number]), alone_of(runner, frames[number]))
@@ -348,19 +360,19 @@ def makes_the_model_fail(model, prompt):
 
 def test_what_ends_the_forward_leaves_everybody_to_be_run_alone(runner, frame_of):
     frames = [frame_of(reads), frame_of(makes_the_model_fail)]
-    assert runner.run_together(frames, apart=True).answers == [None, None]
-    again = runner.run_together([frames[0], frames[0]], apart=True)
+    assert together(runner, frames).answers == [None, None]
+    again = together(runner, [frames[0], frames[0]])
     for answer in again.answers:
         check_equal(values_of(answer), alone_of(runner, frames[0]))
 
 
 def test_a_host_that_has_died_is_started_again(runner, frame_of):
     frames = [frame_of(reads)] * 2
-    assert None not in runner.run_together(frames, apart=True).answers
+    assert None not in together(runner, frames).answers
     os.kill(runner._host.child, signal.SIGKILL)
     with pytest.raises(DiedError):
-        runner.run_together(frames, apart=True)
-    assert None not in runner.run_together(frames, apart=True).answers
+        together(runner, frames)
+    assert None not in together(runner, frames).answers
 
 
 def test_one_that_hangs_is_left_alone(runner, frame_of):
@@ -376,10 +388,163 @@ def test_one_that_hangs_is_left_alone(runner, frame_of):
         stop = threading.Timer(seconds, lambda times=times: [runner.stop() for _ in range(times)])
         stop.start()
         if times == 1:
-            shared = runner.run_together([frame_of(reads), frame_of(hangs)], apart=True)
+            shared = together(runner, [frame_of(reads), frame_of(hangs)])
             assert [answer is None for answer in shared.answers] == [False, True]
         else:
             with pytest.raises(DiedError):
-                runner.run_together([frame_of(reads), frame_of(hangs)], apart=True)
+                together(runner, [frame_of(reads), frame_of(hangs)])
         stop.join()
-        assert None not in runner.run_together([frame_of(reads)] * 2, apart=True).answers
+        assert None not in together(runner, [frame_of(reads)] * 2).answers
+
+
+# --- one after the other -----------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def kept(runner):
+    """The processes that wait, by whose they are: none at first."""
+    while runner._kept:
+        runner._end(runner._kept.popitem()[1])
+    return lambda: {owner: forked.child for owner, forked in runner._kept.items()}
+
+
+def run(runner, frame, owner="ann"):
+    return values_of(runner.run(frame, silent, owner))
+
+
+def test_a_user_has_one_process_for_jobs_that_leave_nothing(runner, kept, frame_of):
+    first = run(runner, frame_of(reads))
+    children = kept()
+    assert list(children) == ["ann"]
+    run(runner, frame_of(changes_in_place))
+    check_equal(run(runner, frame_of(reads)), first)
+    assert kept() == children
+
+
+def test_another_user_has_another_process(runner, kept, frame_of):
+    for owner in ("ann", "bob"):
+        run(runner, frame_of(reads), owner)
+    children = kept()
+    assert len(set(children.values())) == 2
+    shared = runner.run_together([frame_of(reads), frame_of(changes_in_place)], ["bob", "ann"])
+    assert None not in shared.answers
+    assert kept() == children
+    together = runner.run_together([frame_of(reads), frame_of(changes_in_place)], ["bob", "bob"])
+    assert None not in together.answers
+    assert kept() == children
+
+
+def test_two_jobs_of_one_of_several_users_have_a_process_each(runner, kept, frame_of):
+    shared = runner.run_together([frame_of(reads), frame_of(reads), frame_of(reads)], ["ann", "bob", "ann"])
+    assert None not in shared.answers
+    assert sorted(kept()) == ["ann", "bob"]
+
+
+def alone(model, prompt):
+    with model.trace(prompt, solo=True, **HERE):
+        hidden = model.transformer.h[0].output[0].save()
+
+
+def imports(model, prompt):
+    with model.trace(prompt, **HERE):
+        import math as other
+
+        found = [other.pi].save()
+        hidden = model.transformer.h[0].output[0].save()
+
+
+def calls_another_library(model, prompt):
+    with model.trace(prompt, **HERE):
+        found = [float(numpy.pi)].save()
+        hidden = model.transformer.h[0].output[0].save()
+
+
+def sets_a_default(model, prompt):
+    with model.trace(prompt, **HERE):
+        torch.set_default_dtype(torch.float64)
+        hidden = model.transformer.h[0].output[0].save()
+
+
+def sets_something_of_the_library(model, prompt):
+    with model.trace(prompt, **HERE):
+        torch.pi = 3
+        hidden = model.transformer.h[0].output[0].save()
+
+
+def asks_the_tokenizer(model, prompt):
+    with model.trace(prompt, **HERE):
+        model.tokenizer.add_tokens(["zzz"])
+        hidden = model.transformer.h[0].output[0].save()
+
+
+def reaches_for_the_system(model, prompt):
+    with model.trace(prompt, **HERE):
+        found = [torch.os.getpid()].save()
+
+
+def touches_a_weight(model, prompt):
+    with model.trace(prompt, **HERE):
+        model.transformer.h[0].get_parameter("ln_1.wei" + "ght").detach().mul_(1)
+        hidden = model.transformer.h[0].output[0].save()
+
+
+LEAVE = [alone, imports, calls_another_library, sets_a_default, sets_something_of_the_library, asks_the_tokenizer]
+LEAVE += [reaches_for_the_system, touches_a_weight, sets_an_attribute, exchanges_a_module]
+
+
+@pytest.mark.parametrize("make", LEAVE, ids=lambda make: make.__name__)
+def test_what_may_leave_something_ends_its_process(runner, kept, frame_of, make):
+    run(runner, frame_of(make))
+    assert not kept()
+
+
+@pytest.mark.parametrize(
+    "make", [imports, calls_another_library, sets_a_default, asks_the_tokenizer, reaches_for_the_system]
+)
+def test_the_server_believes_no_process_that_would_stay(frame_of, make):
+    """It asks the words of the job itself, before anything has run."""
+    assert not can_stay(frame_of(make))
+    assert can_stay(frame_of(reads))
+
+
+def test_what_fails_or_draws_random_numbers_leaves_nothing_to_the_next(runner, kept, frame_of):
+    first = run(runner, frame_of(reads))
+    one = run(runner, frame_of(draws_random_numbers))["noise"]
+    other = run(runner, frame_of(draws_random_numbers))["noise"]
+    assert not torch.equal(one, other)
+    runner.run(frame_of(fails), silent, "ann")
+    check_equal(run(runner, frame_of(reads)), first)
+
+
+def test_one_that_has_died_meanwhile_is_not_used(runner, kept, frame_of):
+    first = run(runner, frame_of(reads))
+    child = kept()["ann"]
+    os.kill(child, signal.SIGKILL)
+    time.sleep(0.2)
+    check_equal(run(runner, frame_of(reads)), first)
+    assert kept()["ann"] != child
+
+
+@pytest.mark.parametrize(("field", "value"), [("since", -math.inf), ("worked", -1.0)])
+def test_one_that_waits_for_long_or_works_meanwhile_is_ended(runner, kept, frame_of, field, value):
+    run(runner, frame_of(reads))
+    child = kept()["ann"]
+    setattr(runner._kept["ann"], field, value)
+    runner.start()
+    assert not kept()
+    deadline = time.monotonic() + 10
+    while os.path.exists(f"/proc/{child}") and time.monotonic() < deadline:
+        time.sleep(0.01)
+    assert not os.path.exists(f"/proc/{child}")
+
+
+def test_it_is_ended_after_many_jobs_and_where_many_users_have_one(runner, kept, frame_of, monkeypatch):
+    monkeypatch.setattr("nnsight.server._process._MOST_KEPT", 2)
+    monkeypatch.setattr("nnsight.server._process._MOST_JOBS", 3)
+    frame = frame_of(reads)
+    for owner in ("ann", "bob", "cid"):
+        run(runner, frame, owner)
+    assert sorted(kept()) == ["bob", "cid"]
+    for _ in range(2):
+        run(runner, frame, "cid")
+    assert sorted(kept()) == ["bob"]
