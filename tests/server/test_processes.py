@@ -251,6 +251,20 @@ def reads_again(model, prompt):
         again = model.transformer.h[2].output[0].save()
 
 
+def assigns_the_input_after_the_output(model, prompt):
+    with model.trace(prompt, **HERE):
+        after = model.transformer.h[2].mlp.output
+        model.transformer.h[2].mlp.input = model.transformer.h[2].mlp.input * 2
+        logits = model.lm_head.output.save()
+
+
+def looks_at_the_input_again(model, prompt):
+    with model.trace(prompt, **HERE):
+        one = model.transformer.h[2].mlp.input.save()
+        hidden = model.transformer.h[2].mlp.c_fc.output.save()
+        two = model.transformer.h[2].mlp.input.save()
+
+
 def asks_for_a_later_call(model, prompt):
     with model.trace(prompt, **HERE):
         first = model.transformer.h[2].mlp.act.next().output.save()
@@ -337,6 +351,7 @@ def makes_a_large_value(model, prompt):
 
 
 ALONE = [
+    *(assigns_the_input_after_the_output, looks_at_the_input_again),
     *(reads_too_late, reads_again, asks_for_a_later_call, asks_for_an_operation, changes_what_another_value_lies_in),
     *(changes_what_has_passed, looks_at_an_object, exchanges_a_part, sets_an_attribute, exchanges_a_module),
     *(changes_a_weight, draws_random_numbers, fails, never_runs, makes_a_shape_that_does_not_fit, makes_a_large_value),
@@ -384,7 +399,7 @@ def test_one_that_hangs_is_left_alone(runner, frame_of):
             for _ in range(10**12):
                 pass
 
-    for seconds, times in ((4, 1), (1, 2)):
+    for seconds, times in ((6, 1), (1, 2)):
         stop = threading.Timer(seconds, lambda times=times: [runner.stop() for _ in range(times)])
         stop.start()
         if times == 1:
@@ -403,9 +418,9 @@ def test_one_that_hangs_is_left_alone(runner, frame_of):
 @pytest.fixture
 def kept(runner):
     """The processes that wait, by whose they are: none at first."""
-    while runner._kept:
-        runner._end(runner._kept.popitem()[1])
-    return lambda: {owner: forked.child for owner, forked in runner._kept.items()}
+    for owner in runner._kept.children():
+        runner._end(runner._kept.take(owner))
+    return runner._kept.children
 
 
 def run(runner, frame, owner="ann"):
@@ -529,7 +544,10 @@ def test_one_that_has_died_meanwhile_is_not_used(runner, kept, frame_of):
 def test_one_that_waits_for_long_or_works_meanwhile_is_ended(runner, kept, frame_of, field, value):
     run(runner, frame_of(reads))
     child = kept()["ann"]
-    setattr(runner._kept["ann"], field, value)
+    forked = runner._kept.take("ann")
+    forked.stays = True
+    runner._kept.keep(forked, "ann")
+    setattr(forked, field, value)
     runner.start()
     assert not kept()
     deadline = time.monotonic() + 10
@@ -539,8 +557,8 @@ def test_one_that_waits_for_long_or_works_meanwhile_is_ended(runner, kept, frame
 
 
 def test_it_is_ended_after_many_jobs_and_where_many_users_have_one(runner, kept, frame_of, monkeypatch):
-    monkeypatch.setattr("nnsight.server._process._MOST_KEPT", 2)
-    monkeypatch.setattr("nnsight.server._process._MOST_JOBS", 3)
+    monkeypatch.setattr("nnsight.server._kept.MOST", 2)
+    monkeypatch.setattr("nnsight.server._kept.MOST_JOBS", 3)
     frame = frame_of(reads)
     for owner in ("ann", "bob", "cid"):
         run(runner, frame, owner)

@@ -9,7 +9,7 @@ from typing import Any
 
 import torch
 
-from .._core import INPUT, Call, Pass, Run, StillInstruments, Visit
+from .._core import INPUT, OUTPUT, Call, Pass, Run, StillInstruments, Visit
 from ..modeling import NNsight
 from ..protocol import (
     Encoder,
@@ -188,6 +188,10 @@ def _as_computed(tensor: torch.Tensor) -> torch.Tensor:
 class GuestPass(Pass):
     """A pass whose model is run elsewhere: every place that the block waits for is asked for."""
 
+    def __init__(self, *given: Any) -> None:
+        super().__init__(*given)
+        self._left: set[Any] = set()  # the places whose output was shown
+
     def advance(self) -> None:
         """Go on to the place that the block waits for, or to the end."""
         guest: Guest = self._call.function  # pyright: ignore[reportFunctionMemberAccess]
@@ -203,13 +207,15 @@ class GuestPass(Pass):
             return
         self._check_plain(request.step, request.call)
         value = guest.ask(request.place, request.kind, left)
-        self.counts[request.place, request.kind] = 1
+        self.counts[request.place] = 1
+        if request.kind == OUTPUT:
+            self._left.add(request.place)
         self.here = worker.served = GuestVisit(request.place, request.kind, value, partial(guest.look, request.place))
 
     def has_passed(self, request: Any) -> bool:
         """Never: what has come by is not asked for again here."""
         self._check_plain(request.step, request.call)
-        if (request.place, request.kind) in self.counts or (request.kind == INPUT and request.place in self.counts):
+        if request.place in (self.counts if request.kind == INPUT else self._left):
             raise AloneError("a place that has passed is asked for")
         return False
 

@@ -42,7 +42,7 @@ from ._pipe import ANSWER, PROBLEM, Pipe
 from ._together import LONGEST
 from ._zygote import give_up
 
-_SECONDS = 2.0  # that a block may take from one question to the next
+_SECONDS = 3.0  # that a block may take from one question to the next
 _MOST = 64  # blocks at a time
 
 

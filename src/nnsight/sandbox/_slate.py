@@ -34,7 +34,7 @@ def can_stay(frame: bytes) -> bool:
     except ProtocolError:
         return False
     words = words_in(job.main.block.source)
-    plain = not words & _LASTING and not any(word.startswith(("set_", "_")) for word in words)
+    plain = not words & _LASTING and not any(word.startswith(("set_", "_")) for word in words - {"_"})
     return plain and can_share(job, len(frame)) and _brings_data(job)
 
 

@@ -149,10 +149,17 @@ def state_of_model(served: Any) -> Any:
     """What is another one after every change of weights, gradients and attributes of modules, and every random number."""
     weights = [*served._model.parameters(), *served._model.buffers()]
     known = [
-        (id(weight), weight.data_ptr(), 0 if weight.is_inference() else weight._version, id(weight.grad))
+        (id(weight), _memory_of(weight), 0 if weight.is_inference() else weight._version, id(weight.grad))
         for weight in weights
     ]
     return known, served._tree.changes, torch.get_rng_state().numpy().tobytes()
+
+
+def _memory_of(weight: torch.Tensor) -> int:
+    try:
+        return weight.data_ptr()
+    except RuntimeError:  # made of other tensors
+        return 0
 
 
 def _answer(member: _Member, saved: list[Any]) -> bytes:

@@ -3,21 +3,16 @@
 from __future__ import annotations
 
 import json
-import math
 import os
-import select
 import signal
 import socket
 import subprocess
 import sys
 import threading
-import time
-from collections import OrderedDict, deque
+from collections import deque
 from collections.abc import Callable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager, suppress
-from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import msgspec
@@ -45,16 +40,13 @@ from ..sandbox import (
     can_stay,
     environment,
 )
+from ._kept import Forked, Kept
 from ._limits import Limits
 from ._replica import DiedError, Emit, NotBegunError
 
 _GRACE = 1.0  # seconds that a block has to end when it is interrupted
 _LARGEST_EVENT = 4 * 2**20
 _READY_RUNNERS = 2  # processes that wait for jobs: one can run while another is made
-_MOST_KEPT = 16  # processes that wait for another job of their users
-_MOST_JOBS = 200  # that one of them runs, one after the other
-_KEPT_SECONDS = 30.0  # that it waits
-_REST = 0.1  # seconds of work that it may do meanwhile
 _CONTROL = 120.0  # seconds that a zygote may take to fork
 _LARGEST_VERDICT = 4096
 _event = msgspec.json.Decoder(Event)
@@ -216,38 +208,6 @@ class TrustedRunner(ModelProcess):
             self._kill()
 
 
-@dataclass(eq=False)
-class _Forked:
-    """A confined process that waits for a job: its number, our end of its socket, and the end that is for a host."""
-
-    child: int
-    end: socket.socket
-    model_end: socket.socket
-    jobs: int = 0
-    stays: bool = False  # for another job of the same user
-    since: float = 0.0
-    worked: float = 0.0
-
-    def has_said_something(self) -> bool:
-        """Whether a message waits, or the process is gone."""
-        poll = select.poll()
-        poll.register(self.end, select.POLLIN)
-        return bool(poll.poll(0))
-
-    def seconds_of_work(self) -> float:
-        """What it has had of the processors so far; endless where it is gone."""
-        try:
-            fields = Path(f"/proc/{self.child}/stat").read_text().rpartition(")")[2].split()
-        except OSError:
-            return math.inf
-        return (int(fields[11]) + int(fields[12])) / os.sysconf("SC_CLK_TCK")
-
-    def close(self) -> None:
-        """Let go of it."""
-        self.end.close()
-        self.model_end.close()
-
-
 class ConfinedRunner(ModelProcess):
     """Has a zygote fork a confined process for each job, or for some of one user's, and talks with that one alone.
 
@@ -261,12 +221,12 @@ class ConfinedRunner(ModelProcess):
     def __init__(self, name: str, options: dict[str, Any], limits: Limits) -> None:
         super().__init__(name, options, limits, trusted=False)
         self._control = threading.Lock()
-        self._current: list[_Forked] = []
-        self._host: _Forked | None = None
+        self._current: list[Forked] = []
+        self._host: Forked | None = None
         self._stops = 0
         self._helper = ThreadPoolExecutor(1, thread_name_prefix="runners")
-        self._waiting: deque[Future[_Forked]] = deque()
-        self._kept: OrderedDict[str, _Forked] = OrderedDict()  # by whose they are, the last used last
+        self._waiting: deque[Future[Forked]] = deque()
+        self._kept = Kept(self._end_soon)
 
     def start(self) -> None:
         super().start()
@@ -274,10 +234,7 @@ class ConfinedRunner(ModelProcess):
         for each in failed:
             self._waiting.remove(each)
         self._make_some(_READY_RUNNERS)
-        for owner, forked in list(self._kept.items()):
-            late = time.monotonic() - forked.since > _KEPT_SECONDS
-            if late or forked.seconds_of_work() - forked.worked > _REST:
-                self._end_soon(self._kept.pop(owner))
+        self._kept.look()
 
     def _make_some(self, count: int) -> None:
         while len(self._waiting) < count:
@@ -301,17 +258,15 @@ class ConfinedRunner(ModelProcess):
             return answer
 
     @contextmanager
-    def _using(self, owners: list[str]) -> Iterator[list[_Forked]]:
+    def _using(self, owners: list[str]) -> Iterator[list[Forked]]:
         """A process for each of these users, which ends with this, or is kept where it `stays`."""
-        taken = self._current = list[_Forked]()
+        taken = self._current = list[Forked]()
         self._stops = 0
         try:
-            kept = [self._take(owner) for owner in owners]
+            kept = [self._kept.take(owner) for owner in owners]
             taken += filter(None, kept)
             self._make_some(kept.count(None))
-            fresh = [self._waiting.popleft().result() for _ in range(kept.count(None))]
-            taken += fresh
-            used = [each or fresh.pop() for each in kept]
+            used = [each or self._fresh(taken) for each in kept]
             yield used
         except BaseException:
             self._current = []
@@ -321,30 +276,14 @@ class ConfinedRunner(ModelProcess):
             raise
         self._current = []
         for forked, owner in zip(used, owners, strict=True):
-            self._keep(forked, owner)
+            self._kept.keep(forked, owner)
         self._make_some(_READY_RUNNERS)
 
-    def _take(self, owner: str) -> _Forked | None:
-        """The process that waits for another job of a user, if it is alive and has said nothing since."""
-        forked = self._kept.pop(owner, None)
-        if forked is not None and forked.has_said_something():
-            self._end_soon(forked)
-            return None
-        return forked
+    def _fresh(self, taken: list[Forked]) -> Forked:
+        taken.append(self._waiting.popleft().result())
+        return taken[-1]
 
-    def _keep(self, forked: _Forked, owner: str) -> None:
-        """Have a process wait for another job of its user, if it can, and end it otherwise."""
-        forked.jobs += 1
-        forked.since, forked.worked = time.monotonic(), forked.seconds_of_work()
-        if not forked.stays or forked.jobs >= _MOST_JOBS or owner in self._kept:
-            self._end_soon(forked)
-            return
-        forked.stays = False
-        self._kept[owner] = forked
-        if len(self._kept) > _MOST_KEPT:
-            self._end_soon(self._kept.popitem(last=False)[1])
-
-    def _end_soon(self, forked: _Forked) -> None:
+    def _end_soon(self, forked: Forked) -> None:
         self._helper.submit(self._end, forked)
 
     def _run_apart(self, frames: list[bytes], owners: list[str]) -> Shared:
@@ -371,7 +310,7 @@ class ConfinedRunner(ModelProcess):
         answers = [answer if good else None for (answer, _), good in zip(outcomes, well, strict=True)]
         return Shared(answers, [events for _, events in outcomes])
 
-    def _guest(self, forked: _Forked, frame: bytes) -> tuple[bytes | None, list[Event]]:
+    def _guest(self, forked: Forked, frame: bytes) -> tuple[bytes | None, list[Event]]:
         """The answer of one of them, None where it has none, and what happened meanwhile."""
         events: list[Event] = []
 
@@ -384,7 +323,7 @@ class ConfinedRunner(ModelProcess):
             return answer, events
         return None, []
 
-    def _host_of_blocks(self) -> _Forked:
+    def _host_of_blocks(self) -> Forked:
         if self._host is None:
             self._host = self._helper.submit(self._fork, self._socket, HOST).result()
         return self._host
@@ -403,16 +342,16 @@ class ConfinedRunner(ModelProcess):
 
     def close(self) -> None:
         waiting, self._waiting = self._waiting, deque()
-        kept, self._kept = self._kept, OrderedDict()
         super().close()  # those that it has forked die with it
         host, self._host = self._host, None
-        for each in (*kept.values(), *([host] if host is not None else [])):
-            each.close()
+        if host is not None:
+            host.close()
+        self._kept.close()
         for each in waiting:
             if not each.cancel() and each.done() and each.exception() is None:
                 each.result().close()
 
-    def _end(self, forked: _Forked) -> bool:
+    def _end(self, forked: Forked) -> bool:
         """Whether there is a zygote that has seen to it."""
         lives = self._kill_child(forked.child)
         forked.close()
@@ -426,10 +365,10 @@ class ConfinedRunner(ModelProcess):
                     return self._socket.recv(64) == KILL
         return False
 
-    def _fork(self, zygote: socket.socket | None, what: bytes = FORK) -> _Forked:
+    def _fork(self, zygote: socket.socket | None, what: bytes = FORK) -> Forked:
         ours, theirs = socket.socketpair()
         model_end, its_end = socket.socketpair()
-        forked = _Forked(0, ours, model_end)
+        forked = Forked(0, ours, model_end)
         try:
             with theirs, its_end:
                 forked.child = self._ask_for_child(zygote, what, [theirs, its_end])
