@@ -20,6 +20,7 @@ from pathlib import Path
 import torch
 
 from nnsight import CONFIG, LanguageModel, is_model_running
+from nnsight.server import create_key
 
 NAME = "nnsight/landmarks"
 PROMPT = "The Eiffel Tower is in the city of"
@@ -30,14 +31,22 @@ SIZES = (0.025, 1, 16, 64)  # MiB
 
 
 class Server:
-    """`nnsight serve` of the bundled model, on a port of its own."""
+    """`nnsight serve` of the bundled model, on a port of its own, for as many users as there are clients."""
 
     def __init__(self, *options):
         self.folder = tempfile.TemporaryDirectory()
-        command = [sys.executable, "-m", "nnsight", "serve", NAME, "--port", "0", "--no-auth-on-loopback"]
+        command = [sys.executable, "-m", "nnsight", "serve", NAME, "--port", "0"]
+        if "--trusted" in options:
+            self.keys = [None] * max(CLIENTS)  # it is for one user
+            command += ["--no-auth-on-loopback"]
+        else:
+            file = Path(self.folder.name) / "keys"
+            self.keys = [create_key(file, f"user-{number}") for number in range(max(CLIENTS))]
+            command += ["--api-keys", str(file)]
         command += ["--data", self.folder.name, "--user-jobs", "1000", "--keep", "5", *options]
         self.process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True)
         CONFIG.API.HOST = self.process.stdout.readline().split()[-1]
+        CONFIG.API.APIKEY = self.keys[0]
         while not is_model_running(NAME):
             time.sleep(0.1)
 
@@ -81,39 +90,49 @@ def round_trips(model, local, rounds, how):
     return over
 
 
-def throughput(model, clients, jobs, **options):
-    """Jobs a second of so many clients, each of which waits for its answer before it asks again."""
+def throughput(model, clients, jobs, keys, **options):
+    """Jobs a second of so many clients, each of which waits for its answer before it asks again; a key each."""
     left, lock, failures = [jobs], threading.Lock(), []
 
-    def client():
+    def client(key):
         while True:
             with lock:
                 if left[0] <= 0:
                     return
                 left[0] -= 1
+                CONFIG.API.APIKEY = key
+                with torch.no_grad():
+                    trace = model.trace(PROMPT, remote=True, **options)
             try:
-                one_read(model, remote=True, **options)
+                with torch.no_grad(), trace:
+                    hidden = model.transformer.h[5].output[0].save()
+                assert hidden.shape[0] == 1
             except Exception as error:
                 failures.append(error)
                 raise
 
-    threads = [threading.Thread(target=client) for _ in range(clients)]
+    threads = [threading.Thread(target=client, args=(key,)) for key in keys[:clients]]
     start = time.perf_counter()
     for thread in threads:
         thread.start()
     for thread in threads:
         thread.join()
+    CONFIG.API.APIKEY = keys[0]
     if failures:
         raise failures[0]
     return jobs / (time.perf_counter() - start)
 
 
-def throughputs(model, jobs, how):
+def throughputs(model, jobs, how, keys):
+    """Alone, each job has a forward and a process of its own; then clients of one user, and of a user each, share."""
+    one = keys[:1] * len(keys)
     for clients in CLIENTS:
-        alone = throughput(model, clients, jobs, solo=True)
-        shared = throughput(model, clients, jobs)
+        alone = throughput(model, clients, jobs, one, solo=True)
+        shared = throughput(model, clients, jobs, one)
+        users = throughput(model, clients, jobs, keys)
         print(
-            f"{how:12}{clients:>8}{alone:14.1f}{shared:14.1f}{shared / alone:8.2f}{SHARED_GOAL if clients > 1 else '':>7}"
+            f"{how:12}{clients:>8}{alone:10.1f}{shared:10.1f}{shared / alone:8.2f}{users:12.1f}{users / alone:8.2f}"
+            f"{SHARED_GOAL if clients > 1 else '':>7}"
         )
 
 
@@ -169,7 +188,7 @@ def long_run(model, server, jobs):
         f"\n{jobs:,} jobs of 8 clients; after each tenth: resident MiB, descriptors, shared memory segments, files kept"
     )
     for _ in range(10):
-        rate = throughput(model, 8, jobs // 10)
+        rate = throughput(model, 8, jobs // 10, server.keys)
         time.sleep(1.0)  # until the runners that are made and ended meanwhile are
         resident, descriptors, segments = state_of(server.process.pid)
         kept = len(os.listdir(Path(server.folder.name) / "jobs"))
@@ -190,10 +209,11 @@ def main():
         with Server(*options):
             found = round_trips(model, local, arguments.rounds, how)
             over = found if how == "confined" else over
-    print(f"\nJobs a second\n{'':12}{'clients':>8}{'alone':>14}{'shared':>14}{'ratio':>8}{'goal':>7}")
+    columns = f"{'alone':>10}{'one user':>10}{'ratio':>8}{'a user each':>12}{'ratio':>8}{'goal':>7}"
+    print(f"\nJobs a second\n{'':12}{'clients':>8}{columns}")
     for how, options in (("confined", ()), ("trusted", ("--trusted",))):
-        with Server(*options):
-            throughputs(model, arguments.burst, how)
+        with Server(*options) as server:
+            throughputs(model, arguments.burst, how, server.keys)
     with Server() as server:
         print("\nA saved value, milliseconds over the job with one read")
         sizes(model, arguments.rounds)
