@@ -12,7 +12,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
-MOST = 16  # processes that wait
+MOST = 64  # processes that wait, each with some 20 MiB of its own
 MOST_JOBS = 200  # that one of them runs, one after the other
 _LONGEST = 30.0  # seconds that it waits
 _REST = 0.1  # seconds of work that it may do meanwhile
