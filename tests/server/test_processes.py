@@ -540,6 +540,13 @@ def test_one_that_has_died_meanwhile_is_not_used(runner, kept, frame_of):
     assert kept()["ann"] != child
 
 
+def test_one_that_has_worked_much_is_not_kept(runner, kept, frame_of, monkeypatch):
+    """Its time on the processors is limited once for all of its jobs."""
+    monkeypatch.setattr("nnsight.server._kept._MOST_WORK", 0.0)
+    run(runner, frame_of(reads))
+    assert not kept()
+
+
 @pytest.mark.parametrize(("field", "value"), [("since", -math.inf), ("worked", -1.0)])
 def test_one_that_waits_for_long_or_works_meanwhile_is_ended(runner, kept, frame_of, field, value):
     run(runner, frame_of(reads))

@@ -145,7 +145,7 @@ class GuestBlock:
             if not isinstance(told, Begin) or len(told.tensors) != len(told.names):
                 raise ProtocolError("a block begins with its inputs")
             self.begun = told
-            self.inputs = dict(zip(told.names, read_tensors(told.tensors, payload), strict=True))
+            self.inputs = dict(zip(told.names, _read_plain(told.tensors, payload), strict=True))
             _check_inputs(self.inputs, tokens)
         except (ProtocolError, OSError, EOFError):
             return None
@@ -200,7 +200,7 @@ class GuestBlock:
         self._pipe.send(ANSWER, frame)
 
     def _apply(self, worker: Worker, visit: Visit, path: str, said: Said, payload: memoryview) -> None:
-        tensors = read_tensors(said.tensors, payload)
+        tensors = _read_plain(said.tensors, payload)
         for number, index in said.changed.items():
             if not (0 <= number < len(self._leaves) and 0 <= index < len(tensors)):
                 raise ProtocolError("there is no such value")
@@ -239,6 +239,13 @@ def _common(visit: Visit, worker: Worker, is_input: bool) -> set[int]:
     if worker.rows is None:
         return set()
     return set(map(id, tensors_in(visit.inputs if is_input and visit.kind != INPUT else visit.value)))
+
+
+def _read_plain(infos: list[TensorInfo], payload: memoryview) -> list[torch.Tensor]:
+    """The tensors of a message, which are numbers and nothing else."""
+    if any(info.kind != "tensor" or info.requires_grad or info.grad is not None for info in infos):
+        raise ProtocolError("a block sends tensors that are more than their numbers")
+    return read_tensors(infos, payload)
 
 
 def _check_inputs(inputs: dict[str, torch.Tensor], tokens: int) -> None:

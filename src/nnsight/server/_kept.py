@@ -14,6 +14,9 @@ from pathlib import Path
 
 MOST = 64  # processes that wait, each with some 20 MiB of its own
 MOST_JOBS = 200  # that one of them runs, one after the other
+_MOST_WORK = (
+    5.0  # seconds of work that it has behind it: the next job has a limit of its own, and a process has one alone
+)
 _LONGEST = 30.0  # seconds that it waits
 _REST = 0.1  # seconds of work that it may do meanwhile
 
@@ -75,10 +78,12 @@ class Kept:
     def keep(self, forked: Forked, owner: str) -> None:
         """Have a process wait that has run a job of this user, if it `stays`."""
         forked.jobs += 1
-        if not forked.stays or forked.jobs >= MOST_JOBS or owner in self._by_owner:
+        forked.since, forked.worked = time.monotonic(), forked.seconds_of_work()
+        tired = forked.jobs >= MOST_JOBS or forked.worked > _MOST_WORK
+        if tired or not forked.stays or owner in self._by_owner:
             self._end(forked)
             return
-        forked.stays, forked.since, forked.worked = False, time.monotonic(), forked.seconds_of_work()
+        forked.stays = False
         self._by_owner[owner] = forked
         if len(self._by_owner) > MOST:
             self._end(self._by_owner.popitem(last=False)[1])
