@@ -195,6 +195,7 @@ LIES = {
     "a tuple in itself": ({"done": "written", "value": TupleNode([TupleNode([])])}, []),
     "a module that there is not": ({"place": 10**6}, []),
     "a module below none": ({"place": -3}, []),
+    "another type": ({"done": "written", "value": TensorNode(0)}, [HIDDEN.double()]),
     "a parameter": ({"done": "written", "value": TensorNode(0)}, [torch.nn.Parameter(HIDDEN)]),
     "what needs gradients": ({"changed": {0: 0}}, [HIDDEN.clone().requires_grad_()]),
 }

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 import os
 import signal
+import socket
 import threading
 import time
 
@@ -15,8 +16,9 @@ import torch
 from nnsight import LanguageModel
 from nnsight.protocol import Answer, Decoder, read_outcome, read_tensors
 from nnsight.remote._open import _embedded
-from nnsight.sandbox import can_stay
+from nnsight.sandbox import JOB, OTHER, PLAIN, STAYS, Pipe
 from nnsight.server._app import TooLargeError
+from nnsight.server._kept import Forked
 from nnsight.server._limits import Limits
 from nnsight.server._process import ConfinedRunner
 from nnsight.server._replica import DiedError
@@ -158,7 +160,6 @@ def calls_modules(model, prompt):
 def needs_gradients(model, prompt):
     with model.trace(prompt, **HERE):
         hidden = model.transformer.h[1].output[0]
-        needed = [hidden.requires_grad, hidden.mean().requires_grad].save()
         hidden[:, -1] += 1
         logits = model.lm_head.output.detach().save()
 
@@ -166,7 +167,7 @@ def needs_gradients(model, prompt):
 def without_gradients(model, prompt):
     with torch.no_grad(), model.trace(prompt, **HERE):
         hidden = model.transformer.h[1].output[0].save()
-        needed = [hidden.requires_grad].save()
+        print(hidden)
 
 
 def in_inference_mode(model, prompt):
@@ -236,6 +237,17 @@ def test_prints_go_to_their_own_job(runner, frame_of):
 
 
 # --- what cannot be right there is run alone -----------------------------------------------------------------------
+
+
+def reads_another_way(model, prompt):
+    with model.trace(prompt, **HERE):
+        found = [(lambda value: value * 2)(model.transformer.h[0].output[0])].save()
+
+
+def shows_a_tensor(model, prompt):
+    """Its text says how it was computed."""
+    with model.trace(prompt, **HERE):
+        print(model.transformer.h[0].output[0])
 
 
 def reads_too_late(model, prompt):
@@ -351,7 +363,7 @@ def makes_a_large_value(model, prompt):
 
 
 ALONE = [
-    *(assigns_the_input_after_the_output, looks_at_the_input_again),
+    *(reads_another_way, shows_a_tensor, assigns_the_input_after_the_output, looks_at_the_input_again),
     *(reads_too_late, reads_again, asks_for_a_later_call, asks_for_an_operation, changes_what_another_value_lies_in),
     *(changes_what_has_passed, looks_at_an_object, exchanges_a_part, sets_an_attribute, exchanges_a_module),
     *(changes_a_weight, draws_random_numbers, fails, never_runs, makes_a_shape_that_does_not_fit, makes_a_large_value),
@@ -365,6 +377,127 @@ def test_what_needs_the_model_itself_is_run_alone_and_harms_nobody(runner, frame
     assert shared.answers[1] is None
     for number in (0, 2):
         check_equal(values_of(shared.answers[number]), alone_of(runner, frames[number]))
+
+
+# --- never another value than alone ------------------------------------------------------------------------------------
+
+
+def changes_what_stands_at_two_places(model, prompt):
+    with model.trace(prompt, **HERE):
+        saved = model.transformer.h[0].output[0].save()
+        model.transformer.h[1].input[:] = 0
+        logits = model.lm_head.output.save()
+
+
+def changes_an_output_that_is_the_input(model, prompt):
+    with model.trace(prompt, **HERE):
+        after = model.transformer.drop.output
+        after[:] = 0
+        before = model.transformer.drop.input.save()
+
+
+def changes_what_stands_for_a_skipped_call(model, prompt):
+    with model.trace(prompt, **HERE):
+        given = model.transformer.h[2].mlp.input.save()
+        model.transformer.h[2].mlp.skip(given)
+        model.transformer.h[2].mlp.output[:] = 0
+
+
+def changes_what_it_has_put_there(model, prompt):
+    with model.trace(prompt, **HERE):
+        put = model.transformer.h[2].output[0] * 2
+        model.transformer.h[2].output[0] = put
+        model.transformer.h[3].attn.output[0].save()
+        put[:] = 0
+        logits = model.lm_head.output.save()
+
+
+def changes_what_it_has_put_there_by_another_name(model, prompt):
+    with model.trace(prompt, **HERE):
+        put = (model.transformer.h[2].output[0] * 2).save()
+        model.transformer.h[2].output[0] = put
+        model.transformer.h[3].input[:] = 0
+
+
+def changes_it_inside_of_the_layer(model, prompt):
+    with model.trace(prompt, **HERE):
+        put = model.transformer.h[2].output[0] * 1
+        model.transformer.h[2].output[0] = put
+        model.transformer.h[3].ln_1.input[:] = 0
+        put.save()
+
+
+def puts_another_type_there(model, prompt):
+    with model.trace(prompt, **HERE):
+        model.lm_head.output = model.lm_head.output.double()
+        kind = [str(model.output.logits.dtype)].save()
+
+
+def asks_whether_two_are_one(model, prompt):
+    with model.trace(prompt, **HERE):
+        same = [model.transformer.h[0].output[0] is model.transformer.h[1].input].save()
+
+
+def asks_for_the_kind(model, prompt):
+    with model.trace(prompt, **HERE):
+        found = [torch.is_tensor(model.transformer.wpe.output)].save()
+
+
+def asks_for_gradients(model, prompt):
+    with model.trace(prompt, **HERE):
+        model.transformer.h[2].output[0] = model.transformer.h[2].output[0] * 2
+        found = [model.transformer.h[3].input.requires_grad].save()
+
+
+def asks_for_the_seed(model, prompt):
+    with model.trace(prompt, **HERE):
+        found = [torch.initial_seed() > 0].save()
+        model.lm_head.output.save()
+
+
+def puts_one_that_lies_otherwise(model, prompt):
+    with model.trace(prompt, **HERE):
+        hidden = model.transformer.h[2].input
+        model.transformer.h[2].input = hidden.permute(2, 1, 0).contiguous().permute(2, 1, 0)
+        model.transformer.h[2].ln_1.input.reshape(-1)[:] = 0
+        logits = model.lm_head.output.save()
+
+
+def adds_the_input_at_the_output(model, prompt):
+    with model.trace(prompt, **HERE):
+        model.transformer.h[2].mlp.output = model.transformer.h[2].mlp.output + model.transformer.h[2].mlp.input
+        logits = model.lm_head.output.save()
+
+
+HARD = [
+    *(changes_what_stands_at_two_places, changes_an_output_that_is_the_input, changes_what_stands_for_a_skipped_call),
+    *(changes_what_it_has_put_there, changes_what_it_has_put_there_by_another_name, changes_it_inside_of_the_layer),
+    *(puts_another_type_there, asks_whether_two_are_one, asks_for_the_kind, asks_for_gradients, asks_for_the_seed),
+    *(puts_one_that_lies_otherwise, adds_the_input_at_the_output),
+]
+
+
+@pytest.mark.parametrize("other", PROMPTS, ids=["rows of a batch", "a forward of its own"])
+@pytest.mark.parametrize("make", HARD, ids=lambda make: make.__name__)
+def test_a_block_has_what_it_has_alone_or_is_run_alone(runner, frame_of, make, other):
+    frames = [frame_of(make), frame_of(reads, other)]
+    answers = together(runner, frames).answers
+    for frame, answer in zip(frames, answers, strict=True):
+        if answer is not None:
+            check_equal(values_of(answer), alone_of(runner, frame))
+    if make is adds_the_input_at_the_output:
+        assert None not in answers
+
+
+def test_one_that_prints_much_is_run_alone(runner, frame_of):
+    def prints(model, prompt):
+        with model.trace(prompt, **HERE):
+            for _ in range(100):
+                print("x" * 2000000)
+
+    shared = together(runner, [frame_of(prints), frame_of(reads)])
+    assert [answer is None for answer in shared.answers] == [True, False]
+    assert not shared.events[0]
 
 
 def makes_the_model_fail(model, prompt):
@@ -513,13 +646,52 @@ def test_what_may_leave_something_ends_its_process(runner, kept, frame_of, make)
     assert not kept()
 
 
-@pytest.mark.parametrize(
-    "make", [imports, calls_another_library, sets_a_default, asks_the_tokenizer, reaches_for_the_system]
-)
-def test_the_server_believes_no_process_that_would_stay(frame_of, make):
-    """It asks the words of the job itself, before anything has run."""
-    assert not can_stay(frame_of(make))
-    assert can_stay(frame_of(reads))
+def adds_a_module(model, prompt):
+    with model.trace(prompt, **HERE):
+        model.transformer.h[0].mlp.add_module("act", torch.nn.ReLU())
+        logits = model.lm_head.output.save()
+
+
+def writes_through_numpy(model, prompt):
+    with model.trace(prompt, **HERE):
+        model.transformer.wpe.get_parameter("wei" + "ght").detach().numpy()[:] = 0
+        logits = model.lm_head.output.save()
+
+
+def takes_from_the_library(model, prompt):
+    with model.trace(prompt, **HERE):
+        delattr(torch, "tanh")
+        logits = model.lm_head.output.save()
+
+
+def exchanges_a_function_of_the_library(model, prompt):
+    with model.trace(prompt, **HERE):
+        torch.tanh = torch.sin
+        logits = model.lm_head.output.save()
+
+
+NOT_PLAIN = [adds_a_module, writes_through_numpy, takes_from_the_library, exchanges_a_function_of_the_library]
+
+
+@pytest.mark.parametrize("make", NOT_PLAIN, ids=lambda make: make.__name__)
+def test_a_block_that_is_not_plain_ends_its_process(runner, kept, frame_of, make):
+    first = run(runner, frame_of(reads), "bob")
+    runner.run(frame_of(make), silent, "ann")
+    assert list(kept()) == ["bob"]
+    check_equal(run(runner, frame_of(reads)), first)
+
+
+def test_what_a_process_says_after_its_job_is_not_believed(runner):
+    """Its first word counts, which it says before the job's own code runs."""
+    ours, theirs = socket.socketpair()
+    for word, stays in ((OTHER, False), (PLAIN, True), (STAYS, False)):
+        Pipe(theirs).send(word)
+        Pipe(theirs).send(STAYS, b"answer")
+        forked = Forked(0, ours, ours)
+        assert runner._ask(forked, b"job", silent, JOB) == b"answer"
+        assert forked.stays == stays
+    ours.close()
+    theirs.close()
 
 
 def test_what_fails_or_draws_random_numbers_leaves_nothing_to_the_next(runner, kept, frame_of):

@@ -19,6 +19,8 @@ from ._pipe import JOB as JOB
 from ._pipe import JOBS as JOBS
 from ._pipe import KILL as KILL
 from ._pipe import LOAD as LOAD
+from ._pipe import OTHER as OTHER
+from ._pipe import PLAIN as PLAIN
 from ._pipe import PROBLEM as PROBLEM
 from ._pipe import READY as READY
 from ._pipe import STAYS as STAYS
@@ -28,7 +30,6 @@ from ._pipe import Pipe as Pipe
 from ._rebuild import Files as Files
 from ._rehearsal import rehearse as rehearse
 from ._rehearsal import warm as warm
-from ._slate import can_stay as can_stay
 from ._together import can_share as can_share
 from ._together import execute_together as execute_together
 from ._together import unpack as unpack

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from functools import partial
 from typing import Any
 
@@ -47,7 +48,7 @@ def execute_as_guest(frame: bytes, served: Any, emit: Callable[[Event], None], h
     try:
         job, payload = read_job(frame)
         reader = JobReader(job, payload, printer(emit))
-        with warnings.catch_warnings():
+        with warnings.catch_warnings(), _no_tensors_as_text(job.grad):
             warnings.simplefilter("error")
             answer, tensors = run_job(job, reader, served, seeded=False, prepare=guest.prepare)
     except Exception:  # whatever it is, the job meets it again alone
@@ -55,6 +56,24 @@ def execute_as_guest(frame: bytes, served: Any, emit: Callable[[Event], None], h
     finally:
         served._tree.instruments = instruments
     return write_frame(answer, tensors) if before == state_of_model(served) else None
+
+
+@contextmanager
+def _no_tensors_as_text(grad: bool) -> Iterator[None]:
+    """A tensor's text says how it was computed, which was not here."""
+    kind: Any = torch.Tensor
+    plain = kind.__repr__
+
+    def show(tensor: torch.Tensor, **options: Any) -> str:
+        if grad and (tensor.is_floating_point() or tensor.is_complex()):
+            raise AloneError("a tensor is shown as a text")
+        return plain(tensor, **options)
+
+    kind.__repr__ = show
+    try:
+        yield
+    finally:
+        kind.__repr__ = plain
 
 
 class _Received:
@@ -70,7 +89,11 @@ class _Received:
         leaves = leaves_of(value)
         self._values.append((value, leaves))
         self.leaves += leaves
-        for tensor, info in zip(tensors, shown.tensors, strict=True):
+        self.watch(tensors, shown.tensors, payload)
+
+    def watch(self, tensors: list[torch.Tensor], infos: list[TensorInfo], payload: memoryview) -> None:
+        """Notice where one of these is changed."""
+        for tensor, info in zip(tensors, infos, strict=True):
             self._tensors[id(tensor)] = (tensor, info, payload)
 
     def changed(self) -> list[int]:
@@ -105,7 +128,7 @@ class Guest:
         self._numbers: dict[Any, int] = {module: number for number, module in enumerate(served._module.modules())}
         self._past: list[_Received] = []
         self._now = _Received()
-        self._inference = False
+        self._inference = self._has_put = False
         self.run: Run | None = None
 
     def prepare(self, tracer: Tracer, model: NNsight, givens: list[Given]) -> Prepared:
@@ -151,13 +174,23 @@ class Guest:
             raise AloneError("a value was changed after the model has gone on")
         encoder = Encoder(self._given, data_only=True)
         changed = {leaf: encoder.tensors.add(self._now.leaves[leaf], data_only=True) for leaf in self._now.changed()}
+        if changed and self._has_put:
+            raise AloneError("a value is changed that may be one that the block has put there")
         done, value = "", None
         if left is not None and left.skipped is not None:
             done, value = "skipped", encoder.encode(left.skipped[0])
         elif left is not None and left.written:
             done, value = "written", encoder.encode(left.value)
         said = Said(number, kind == INPUT, changed, done, value, encoder.contents, encoder.tensors.infos)
-        self._now.told(changed, said.tensors, self._send(said, encoder.tensors))
+        if not all(tensor.is_contiguous() for tensor in encoder.tensors.sources):
+            raise AloneError("a tensor does not lie in memory as its copy would")
+        payload = self._send(said, encoder.tensors)
+        self._now.told(changed, said.tensors, payload)
+        if done:
+            self._has_put = True
+            put = _Received()
+            put.watch(encoder.tensors.sources, said.tensors, payload)
+            self._past.append(put)
 
     def _given(self, _encoder: Encoder, value: Any) -> Node | None:
         if isinstance(value, (list, dict)):

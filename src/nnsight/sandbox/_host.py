@@ -17,6 +17,7 @@ from typing import Any
 
 import msgspec
 import torch
+from torch._subclasses.fake_tensor import FakeTensor
 
 from .._core import INPUT, OUTPUT, Visit, Worker, tensors_in
 from ..errors import ProtocolError
@@ -123,6 +124,9 @@ class Host:
         return self._versions != self._versions_now()
 
 
+Known = tuple[torch.Tensor, TensorInfo, memoryview]  # a tensor, and what it is to be
+
+
 class GuestBlock:
     """One block that is elsewhere; `well` once all that it was shown was right to the end."""
 
@@ -135,7 +139,8 @@ class GuestBlock:
         self._modules = modules
         self._memory = memory
         self._leaves: list[Any] = []
-        self._shown: dict[int, tuple[torch.Tensor, TensorInfo, memoryview]] = {}  # as they are to be, by their id
+        self._form: list[tuple[Any, ...]] = []  # of the value at the visit, less what else was shown there
+        self._shown: dict[int, list[Known]] = defaultdict(list)  # each time, by the tensor's id
         self._ended = False
 
     def begin(self, tokens: int) -> tuple[Any, ...] | None:
@@ -147,7 +152,7 @@ class GuestBlock:
             self.begun = told
             self.inputs = dict(zip(told.names, _read_plain(told.tensors, payload), strict=True))
             _check_inputs(self.inputs, tokens)
-        except (ProtocolError, OSError, EOFError):
+        except Exception:  # whatever it is, the job meets it again alone
             return None
         shapes = tuple((name, tuple(value.shape[1:])) for name, value in sorted(self.inputs.items()))
         return (shapes, told.grad, told.inference)
@@ -194,10 +199,19 @@ class GuestBlock:
         shown = Shown(encoder.encode(value), encoder.contents, encoder.tensors.infos)
         frame = write_frame(shown, encoder.tensors)
         payload = memoryview(frame)[len(frame) - encoder.tensors.size :]
-        self._leaves += leaves_of(value)
-        for tensor, info in zip(encoder.tensors.sources, encoder.tensors.infos, strict=True):
-            self._shown[id(tensor)] = (tensor, info, payload)
+        leaves = leaves_of(value)
+        if not self._leaves:
+            self._form = list(map(_form_of, leaves))
+        self._leaves += leaves
+        tensors = [leaf for leaf in leaves if isinstance(leaf, torch.Tensor) and id(leaf) not in withheld]
+        if not all(leaf.is_contiguous() and not isinstance(leaf, FakeTensor) for leaf in tensors):
+            raise AloneError("a tensor does not lie in memory as its copy would")
+        self._watch(encoder.tensors.sources, encoder.tensors.infos, payload)
         self._pipe.send(ANSWER, frame)
+
+    def _watch(self, tensors: list[torch.Tensor], infos: list[TensorInfo], payload: memoryview) -> None:
+        for tensor, info in zip(tensors, infos, strict=True):
+            self._shown[id(tensor)].append((tensor, info, payload))
 
     def _apply(self, worker: Worker, visit: Visit, path: str, said: Said, payload: memoryview) -> None:
         tensors = _read_plain(said.tensors, payload)
@@ -208,6 +222,8 @@ class GuestBlock:
         if not said.done:
             return
         value = PlainDecoder(tensors, said.contents, (self._leaves, self._leaves)).decode(said.value)
+        self._check_put(value, skipped=said.done == "skipped")
+        self._watch(tensors, said.tensors, payload)
         if said.done == "skipped":
             worker.run.skip(worker, visit.place, path, value)
         else:
@@ -215,16 +231,29 @@ class GuestBlock:
 
     def _change(self, leaf: Any, tensor: torch.Tensor, info: TensorInfo, payload: memoryview) -> None:
         check_like(tensor, leaf)
-        if id(leaf) not in self._shown:
-            raise ProtocolError("a value is changed that was not shown")
+        if len(self._shown.get(id(leaf), ())) != 1:
+            raise AloneError("a value is changed that was not shown, or stands at two places")
         if leaf.untyped_storage().data_ptr() in self._memory:
             raise AloneError("a weight would be changed")
         leaf.copy_(tensor)
-        self._shown[id(leaf)] = (leaf, info, payload)
+        self._shown[id(leaf)] = [(leaf, info, payload)]
+
+    def _check_put(self, value: Any, *, skipped: bool) -> None:
+        """What is put somewhere is of the form that was there; of a call that is skipped, the type of numbers is known."""
+        ours = [leaf for leaf in self._leaves if isinstance(leaf, torch.Tensor)]
+        put = leaves_of(value)
+        if skipped:
+            fits = (
+                all(isinstance(leaf, torch.Tensor) and leaf.dtype is ours[0].dtype for leaf in put) if ours else False
+            )
+        else:
+            fits = list(map(_form_of, put)) == self._form
+        if not fits:
+            raise AloneError("a value of another form is put in place of one")
 
     def settle(self) -> None:
         """The forward is over: whether the tensors that were shown have stayed as the block has them."""
-        self.well = self._ended and all(is_as_sent(*shown) for shown in self._shown.values())
+        self.well = self._ended and all(is_as_sent(*known) for shown in self._shown.values() for known in shown)
 
     def close(self) -> None:
         """Have no more to do with it; one that was not served well is told, whoever else holds this end."""
@@ -239,6 +268,12 @@ def _common(visit: Visit, worker: Worker, is_input: bool) -> set[int]:
     if worker.rows is None:
         return set()
     return set(map(id, tensors_in(visit.inputs if is_input and visit.kind != INPUT else visit.value)))
+
+
+def _form_of(leaf: Any) -> tuple[Any, ...]:
+    if isinstance(leaf, torch.Tensor):
+        return (leaf.shape, leaf.dtype)
+    return (type(leaf), leaf) if isinstance(leaf, (type(None), bool, int, float, str)) else (id(leaf),)
 
 
 def _read_plain(infos: list[TensorInfo], payload: memoryview) -> list[torch.Tensor]:

@@ -26,11 +26,12 @@ _frames = msgspec.msgpack.Decoder(list[bytes])
 # What a block may change or ask for that is not of its rows alone, or not the same where these were sent to it: gradients of
 # weights, weights, random numbers, how a tensor lies in memory, what kind of object something is, and ways round this list.
 _ALONE = frozenset(
-    "backward grad autograd requires_grad_ retain_grad parameters named_parameters buffers named_buffers state_dict data "
-    "weight bias _model _module manual_seed seed dropout rand randn randint randperm normal_ uniform_ bernoulli multinomial "
-    "getattr setattr hasattr isinstance issubclass type id vars eval exec globals locals open session trace generate scan "
-    "edit apply clear_edits config generation_config train grad_fn data_ptr stride is_contiguous as_strided storage "
-    "untyped_storage storage_offset set_ resize_".split()
+    "backward grad autograd requires_grad_ retain_grad parameters named_parameters buffers named_buffers state_dict "
+    "data weight bias _model _module manual_seed seed dropout rand randn randint randperm normal_ uniform_ bernoulli "
+    "multinomial getattr setattr hasattr isinstance issubclass type id vars eval exec globals locals open session "
+    "trace generate scan edit apply clear_edits delattr add_module set_submodule set_attn_implementation config "
+    "generation_config train grad_fn data_ptr stride is_contiguous as_strided storage untyped_storage storage_offset "
+    "set_ resize_".split()
 )
 _PREFIXES = ("__", "register_")
 _STATEMENTS = frozenset("import from global nonlocal with async try while".split())
@@ -49,14 +50,9 @@ def can_share(job: Job, size: int) -> bool:
     return unused and _minds_its_rows(block.source)
 
 
-def words_in(source: str) -> set[str]:
-    """All words of a text, those in strings and comments too."""
-    return set(_WORD.findall(source))
-
-
 def _minds_its_rows(source: str) -> bool:
     """Whether none of the words is on a list; the server does not parse what strangers send."""
-    words = words_in(source)
+    words = set(_WORD.findall(source))
     forbidden = words & (_ALONE | _STATEMENTS) or any(word.startswith(_PREFIXES) for word in words)
     return source.isascii() and not forbidden  # other letters may stand for these
 
@@ -152,7 +148,8 @@ def state_of_model(served: Any) -> Any:
         (id(weight), _memory_of(weight), 0 if weight.is_inference() else weight._version, id(weight.grad))
         for weight in weights
     ]
-    return known, served._tree.changes, torch.get_rng_state().numpy().tobytes()
+    modules = [id(module) for _, module in served._module.named_modules(remove_duplicate=False)]
+    return known, modules, served._tree.changes, torch.get_rng_state().numpy().tobytes()
 
 
 def _memory_of(weight: torch.Tensor) -> int:

@@ -27,7 +27,8 @@ from ._guest import execute_as_guest
 from ._jail import Allowance, confine
 from ._kernel import die_with_parent
 from ._pages import Range, copy_pages, enlarge_pages, pages_written_by
-from ._pipe import ALONE, ANSWER, BEGUN, EVENT, FORK, GUEST, HOST, JOBS, KILL, PROBLEM, READY, STAYS, Pipe
+from ._pipe import ALONE, ANSWER, BEGUN, EVENT, FORK, GUEST, HOST, JOBS, KILL, OTHER, PLAIN, PROBLEM, READY, STAYS, Pipe
+from ._plain import is_plain
 from ._slate import Slate
 from ._together import execute_together, unpack
 
@@ -109,27 +110,32 @@ class Zygote:
 
 
 def run_confined(descriptors: list[int], model: NNsight, allowance: Allowance) -> None:
-    """In the forked process: give everything up, then read a job, run it, and answer; and again while nothing is left behind.
+    """In the forked process: give everything up, then read a job, run it, and answer; and again after plain jobs.
 
-    The first descriptor is a socket to the server; the second, to a host, which some jobs need.
+    The first descriptor is a socket to the server; the second, to a host, which some jobs need. The first word about a job is
+    whether it is plain: it is said before the job's own code has run.
     """
     end, line = (socket.socket(fileno=descriptor) for descriptor in descriptors)
     give_up(end, allowance, [line])
     pipe, host, slate = Pipe(end), Pipe(line, LARGEST), Slate(model)
     while True:
         kind, frame = pipe.receive()
-        frames = [frame]
+        frames = unpack(frame) if kind == JOBS else [frame]
+        plain = all(is_plain(each, model) for each in frames)
+        pipe.send(PLAIN if plain else OTHER)
+        emit = _sender(pipe, slate)
         if kind == JOBS:
-            frames = unpack(frame)
             answer = execute_together(frames, model)
         elif kind == GUEST:
-            answer = execute_as_guest(frame, model, _sender(pipe), host)
+            answer = execute_as_guest(frame, model, emit, host) if plain else None
         else:
-            answer = execute(frame, model, _sender(pipe))
+            answer = execute(frame, model, emit)
         if answer is None:
             pipe.send(ALONE)
-        elif slate.is_clean(frames):
+        elif plain and slate.is_clean():
             pipe.send(STAYS, answer)
+            del frame, frames, answer
+            gc.collect()  # what holds itself, of blocks
             continue
         else:
             pipe.send(ANSWER, answer)
@@ -165,10 +171,11 @@ def _draw_anew() -> None:
         numpy.random.seed()
 
 
-def _sender(pipe: Pipe) -> Callable[[Event], None]:
+def _sender(pipe: Pipe, slate: Slate) -> Callable[[Event], None]:
     lock = threading.Lock()
 
     def emit(event: Event) -> None:
+        slate.is_soiled |= event.kind == "warning"  # some come once in the life of a process
         with lock:
             pipe.send(EVENT, msgspec.json.encode(event))
 

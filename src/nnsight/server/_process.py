@@ -31,13 +31,13 @@ from ..sandbox import (
     JOBS,
     KILL,
     LOAD,
+    PLAIN,
     PROBLEM,
     READY,
     STAYS,
     STOPPED,
     WARM,
     Pipe,
-    can_stay,
     environment,
 )
 from ._kept import Forked, Kept
@@ -130,10 +130,16 @@ class ModelProcess:
 
     def _talk(self, pipe: Pipe, frame: bytes, emit: Emit, kind: bytes = JOB) -> tuple[bytes, bytes]:
         """Send a job, and take what comes until its answer: that, after its kind."""
+        self._send(pipe, kind, frame)
+        return self._take_answer(pipe, emit)
+
+    def _send(self, pipe: Pipe, kind: bytes, frame: bytes) -> None:
         try:
             pipe.send(kind, frame)
         except OSError as error:
             raise NotBegunError(f"the process has died ({error})") from error
+
+    def _take_answer(self, pipe: Pipe, emit: Emit) -> tuple[bytes, bytes]:
         try:
             while True:
                 kind, data = self._receive(pipe)
@@ -253,9 +259,7 @@ class ConfinedRunner(ModelProcess):
         if len(set(owners)) > 1:
             return _packed.encode(self._run_apart(_frames.decode(frame), owners))
         with self._using(owners[:1]) as (forked,):
-            said, answer = self._talk(Pipe(forked.end, self._limits.answer), frame, emit, kind)
-            forked.stays = said == STAYS and all(map(can_stay, _frames.decode(frame) if kind == JOBS else [frame]))
-            return answer
+            return self._ask(forked, frame, emit, kind)
 
     @contextmanager
     def _using(self, owners: list[str]) -> Iterator[list[Forked]]:
@@ -280,6 +284,8 @@ class ConfinedRunner(ModelProcess):
         self._make_some(_READY_RUNNERS)
 
     def _fresh(self, taken: list[Forked]) -> Forked:
+        if not self._waiting:
+            raise NotBegunError("the runner is closed")
         taken.append(self._waiting.popleft().result())
         return taken[-1]
 
@@ -313,15 +319,28 @@ class ConfinedRunner(ModelProcess):
     def _guest(self, forked: Forked, frame: bytes) -> tuple[bytes | None, list[Event]]:
         """The answer of one of them, None where it has none, and what happened meanwhile."""
         events: list[Event] = []
+        size = 0
 
         def emit(event: Event) -> None:
+            nonlocal size
+            size += len(event.text)
+            if size > self._limits.output:
+                raise DiedError("the job has printed as much as one may")
             events.append(event)
 
         with suppress(DiedError):
-            said, answer = self._talk(Pipe(forked.end, self._limits.answer), frame, emit, GUEST)
-            forked.stays = said == STAYS and can_stay(frame)
-            return answer, events
+            return self._ask(forked, frame, emit, GUEST), events
+        self._kill_child(forked.child)
         return None, []
+
+    def _ask(self, forked: Forked, frame: bytes, emit: Emit, kind: bytes) -> bytes:
+        """Have a process run what is in a frame; its first word, before that, is whether it is plain."""
+        pipe = Pipe(forked.end, self._limits.answer)
+        self._send(pipe, kind, frame)
+        word, _ = self._receive(pipe)
+        said, answer = self._take_answer(pipe, emit)
+        forked.stays = word == PLAIN and said == STAYS
+        return answer
 
     def _host_of_blocks(self) -> Forked:
         if self._host is None:
@@ -358,11 +377,12 @@ class ConfinedRunner(ModelProcess):
         return lives
 
     def _kill_child(self, child: int) -> bool:
+        zygote = self._socket
         with self._control:
-            if self._socket is not None:
+            if zygote is not None:
                 with suppress(OSError):
-                    self._socket.send(KILL + str(child).encode())
-                    return self._socket.recv(64) == KILL
+                    zygote.send(KILL + str(child).encode())
+                    return zygote.recv(64) == KILL
         return False
 
     def _fork(self, zygote: socket.socket | None, what: bytes = FORK) -> Forked:
