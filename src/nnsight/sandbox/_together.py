@@ -75,8 +75,8 @@ def unpack(packed: bytes) -> list[bytes]:
     return _frames.decode(packed)
 
 
-def execute_together(frames: list[bytes], served: NNsight) -> bytes:
-    """Run the jobs in several frames, those whose inputs have one shape in one forward, and give a `Shared`.
+def execute_together(frames: list[bytes], served: NNsight) -> Shared:
+    """Run the jobs in several frames, those whose inputs have one shape in one forward.
 
     A job that fails there, or that draws random numbers, warns, or changes weights, is not answered, nor are those that
     shared its forward: all of them are to be run alone, where nothing of this run is left.
@@ -90,7 +90,7 @@ def execute_together(frames: list[bytes], served: NNsight) -> bytes:
     for members in groups.values():
         for member, answer in zip(members, _run(members, served), strict=False):
             shared.answers[member.number], shared.events[member.number] = answer, member.events
-    return msgspec.msgpack.encode(shared)
+    return shared
 
 
 def _member(number: int, frame: bytes, served: NNsight) -> _Member | None:

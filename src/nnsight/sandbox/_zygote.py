@@ -125,7 +125,8 @@ def run_confined(descriptors: list[int], model: NNsight, allowance: Allowance) -
         pipe.send(PLAIN if plain else OTHER)
         emit = _sender(pipe, slate)
         if kind == JOBS:
-            answer = execute_together(frames, model)
+            shared = execute_together(frames, model)
+            answer, slate.is_soiled = msgspec.msgpack.encode(shared), None in shared.answers
         elif kind == GUEST:
             answer = execute_as_guest(frame, model, emit, host) if plain else None
         else:

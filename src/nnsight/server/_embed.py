@@ -7,7 +7,6 @@ import weakref
 from pathlib import Path
 from typing import Any
 
-import msgspec
 from fastapi import FastAPI
 
 from ..modeling import LanguageModel, NNsight
@@ -46,7 +45,7 @@ class ThreadRunner:
         return execute(frame, self._model, emit, forward_warnings=False)
 
     def run_together(self, frames: list[bytes], owners: list[str]) -> Shared:
-        return msgspec.msgpack.decode(execute_together(frames, self._model), type=Shared)
+        return execute_together(frames, self._model)
 
     def stop(self) -> None:
         """A thread cannot be ended from outside: the job runs to its end."""

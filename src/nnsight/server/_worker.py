@@ -111,7 +111,9 @@ def _run(kind: bytes, frame: bytes, model: LanguageModel, pipe: Pipe, interrupts
     try:
         interrupts.allow()
         try:
-            return execute(frame, model, emit) if kind == JOB else execute_together(unpack(frame), model)
+            if kind == JOB:
+                return execute(frame, model, emit)
+            return msgspec.msgpack.encode(execute_together(unpack(frame), model))
         finally:
             interrupts.forbid()
     except KeyboardInterrupt:
