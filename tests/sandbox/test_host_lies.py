@@ -11,6 +11,7 @@ import torch
 import transformers
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
+from torch._subclasses.fake_tensor import FakeTensorMode
 
 from nnsight import LanguageModel
 from nnsight.protocol import TensorInfo, TensorWriter, read_frame, read_tensors, write_frame
@@ -197,6 +198,10 @@ LIES = {
     "a module below none": ({"place": -3}, []),
     "another type": ({"done": "written", "value": TensorNode(0)}, [HIDDEN.double()]),
     "a parameter": ({"done": "written", "value": TensorNode(0)}, [torch.nn.Parameter(HIDDEN)]),
+    "a tensor without numbers": (
+        {"done": "written", "value": TensorNode(0)},
+        [FakeTensorMode(allow_non_fake_inputs=True).from_tensor(HIDDEN)],
+    ),
     "what needs gradients": ({"changed": {0: 0}}, [HIDDEN.clone().requires_grad_()]),
 }
 
