@@ -215,14 +215,20 @@ def send(model, prompt, layer):
     return job
 
 
-def test_confined_jobs_of_one_user_share(server, keys, local):
-    model, before = LanguageModel(NAME), shared_on(server)
+def keep_busy(model):
+    """A job that the replica has to end first, so that those that are sent meanwhile wait together."""
     with model.session(remote=True, blocking=False) as first:
         import time as clock
 
         clock.sleep(3)
     while first.status != "running":
         time.sleep(0.01)
+    return first
+
+
+def test_confined_jobs_of_one_user_share(server, keys, local):
+    model, before = LanguageModel(NAME), shared_on(server)
+    keep_busy(model)
     jobs = [send(model, PROMPTS[1], layer) for layer in range(3)]
     CONFIG.set_default_api_key(keys["bob"])
     jobs += [send(model, PROMPTS[1], layer) for layer in range(2)]
@@ -236,12 +242,7 @@ def test_confined_jobs_of_one_user_share(server, keys, local):
 def test_confined_jobs_of_several_users_share(server, keys, local):
     """One of them has asked for a forward of its own."""
     model, before = LanguageModel(NAME), shared_on(server)
-    with model.session(remote=True, blocking=False) as first:
-        import time as clock
-
-        clock.sleep(3)
-    while first.status != "running":
-        time.sleep(0.01)
+    keep_busy(model)
     jobs = []
     for layer, name in enumerate(("ann", "bob", "cid", "dee")):
         CONFIG.set_default_api_key(keys[name])
@@ -262,12 +263,7 @@ def test_confined_jobs_of_several_users_share(server, keys, local):
 
 def test_one_that_hangs_holds_the_others_up_for_seconds(server, local):
     model, before = LanguageModel(NAME), shared_on(server)
-    with model.session(remote=True, blocking=False) as first:
-        import time as clock
-
-        clock.sleep(3)
-    while first.status != "running":
-        time.sleep(0.01)
+    first = keep_busy(model)
     jobs = [send(model, PROMPTS[1], layer) for layer in range(2)]
     while not all(job.id for job in jobs):  # they are taken in before the one that hangs
         time.sleep(0.01)

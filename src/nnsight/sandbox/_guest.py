@@ -30,11 +30,12 @@ from ._beside import INPUTS, AloneError, Begin, Said, Shown, ShownDecoder, leave
 from ._execute import printer, run_job
 from ._pipe import ANSWER, Pipe
 from ._rebuild import JobReader
-from ._together import state_of_model
 
 
 def execute_as_guest(frame: bytes, served: Any, emit: Callable[[Event], None], host: Pipe) -> bytes | None:
     """The answer to a job whose values come from a host; None where it is to be run alone.
+
+    Whoever calls this looks whether the model here is as it was: what has changed in it, the host's has not.
 
     Args:
         frame: A job.
@@ -42,7 +43,7 @@ def execute_as_guest(frame: bytes, served: Any, emit: Callable[[Event], None], h
         emit: Called with what the block prints.
         host: The way to the process that runs the model.
     """
-    before, instruments = state_of_model(served), served._tree.instruments
+    instruments = served._tree.instruments
     served._tree.instruments = StillInstruments(served._module)
     guest = Guest(host, served)
     try:
@@ -55,7 +56,7 @@ def execute_as_guest(frame: bytes, served: Any, emit: Callable[[Event], None], h
         return None
     finally:
         served._tree.instruments = instruments
-    return write_frame(answer, tensors) if before == state_of_model(served) else None
+    return write_frame(answer, tensors)
 
 
 @contextmanager
@@ -110,9 +111,7 @@ class _Received:
 
     def told(self, changed: dict[int, int], infos: list[TensorInfo], payload: memoryview) -> None:
         """The host knows of these changes."""
-        for number, index in changed.items():
-            leaf = self.leaves[number]
-            self._tensors[id(leaf)] = (leaf, infos[index], payload)
+        self.watch([self.leaves[number] for number in changed], [infos[index] for index in changed.values()], payload)
 
 
 def _are_same(ones: list[Any], others: list[Any]) -> bool:

@@ -131,9 +131,10 @@ def run_confined(descriptors: list[int], model: NNsight, allowance: Allowance) -
             answer = execute_as_guest(frame, model, emit, host) if plain else None
         else:
             answer = execute(frame, model, emit)
-        if answer is None:
+        clean = plain and slate.is_clean()
+        if answer is None or (kind == GUEST and not clean):
             pipe.send(ALONE)
-        elif plain and slate.is_clean():
+        elif clean:
             pipe.send(STAYS, answer)
             del frame, frames, answer
             gc.collect()  # what holds itself, of blocks

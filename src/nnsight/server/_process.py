@@ -39,6 +39,7 @@ from ..sandbox import (
     WARM,
     Pipe,
     environment,
+    unpack,
 )
 from ._kept import Forked, Kept
 from ._limits import Limits
@@ -51,7 +52,6 @@ _CONTROL = 120.0  # seconds that a zygote may take to fork
 _LARGEST_VERDICT = 4096
 _event = msgspec.json.Decoder(Event)
 _verdict = msgspec.msgpack.Decoder(list[bool])
-_frames = msgspec.msgpack.Decoder(list[bytes])
 _packed = msgspec.msgpack.Encoder()
 _shared = msgspec.msgpack.Decoder(Shared)
 
@@ -257,7 +257,7 @@ class ConfinedRunner(ModelProcess):
     def run_kind(self, frame: bytes, emit: Emit, kind: bytes, owners: list[str]) -> bytes:
         """Run one job, or several, which stay apart where their users are several."""
         if len(set(owners)) > 1:
-            return _packed.encode(self._run_apart(_frames.decode(frame), owners))
+            return _packed.encode(self._run_apart(unpack(frame), owners))
         with self._using(owners[:1]) as (forked,):
             return self._ask(forked, frame, emit, kind)
 
